@@ -1,0 +1,153 @@
+"""The one training loop: budgeted, seeded, resumable after a kill, the same on CPU and CUDA."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+CHECKPOINT_EVERY_S = 180.0
+BAR = "{desc}: {percentage:5.1f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """When training ends: after `steps`, after `minutes` of wall-clock time, or whichever is first.
+
+    Minutes are summed over resumed runs, so a killed run does not start its time again.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise ValueError("a training budget needs steps or minutes; give --steps or --minutes")
+
+    def progress(self, step: int, elapsed_s: float) -> float:
+        """Return how much of the budget is used, 0 to 1 and above."""
+        by_steps = step / self.steps if self.steps else 0.0
+        by_time = elapsed_s / (60.0 * self.minutes) if self.minutes else 0.0
+        return max(by_steps, by_time)
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    loss_fn: Callable[[int], tuple[Tensor, dict[str, float]]],
+    *,
+    lr: float,
+    budget: Budget,
+    work: Path,
+    device: str,
+    ema: float | None = None,
+    warmup: int = 200,
+    weight_decay: float = 0.01,
+    on_checkpoint: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
+    """Train `model` with AdamW, warm-up and cosine decay, and return it (its average if `ema`).
+
+    `loss_fn(step)` draws its data from a generator seeded by the step, so that a resumed run sees
+    what an uninterrupted one would have seen. State lives in `work/<name>.pt`, replaced atomically.
+    `on_checkpoint` gets the model whose weights would be shipped at that moment.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    state_file = work / f"{name}.pt"
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    average = _Average(model, ema) if ema else None
+    step, elapsed_s = 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, elapsed_s = state["step"], state["elapsed_s"]
+        if average:
+            average.load(state["average"])
+
+    def checkpoint() -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "elapsed_s": elapsed_s,
+            "average": average.weights if average else None,
+        }
+        partial = state_file.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, state_file)
+        if on_checkpoint:
+            with _shipped(model, average) as ready:
+                on_checkpoint(ready)
+
+    last = time.monotonic()
+    began = last - elapsed_s
+    with tqdm(total=100.0, desc=name, mininterval=2.0, bar_format=BAR) as bar:
+        while (progress := budget.progress(step, elapsed_s)) < 1.0:
+            rate = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
+            for group in optimizer.param_groups:
+                group["lr"] = max(rate, lr * 0.01)
+            loss, shown = loss_fn(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            if average:
+                average.update(model, step)
+            now = time.monotonic()
+            elapsed_s = now - began
+            bar.update(100.0 * min(1.0, budget.progress(step, elapsed_s)) - bar.n)
+            if step % 20 == 0:
+                bar.set_postfix({"step": step, **{k: f"{v:.4g}" for k, v in shown.items()}})
+            if now - last > CHECKPOINT_EVERY_S:
+                checkpoint()
+                last = time.monotonic()
+    checkpoint()
+    if average:
+        average.copy_to(model)
+    return model.eval()
+
+
+class _Average:
+    """Exponential moving average of the weights, with a short memory at the start."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.weights[key].lerp_(value, 1.0 - decay)
+            else:
+                self.weights[key].copy_(value)
+
+    def copy_to(self, model: nn.Module) -> None:
+        model.load_state_dict(self.weights)
+
+
+@contextmanager
+def _shipped(model: nn.Module, average: _Average | None) -> Iterator[nn.Module]:
+    """Put the averaged weights into the model for a moment, in evaluation mode."""
+    kept = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    if average:
+        average.copy_to(model)
+    try:
+        yield model.eval()
+    finally:
+        model.load_state_dict(kept)
+        model.train()

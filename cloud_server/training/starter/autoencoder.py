@@ -1,0 +1,127 @@
+"""The starter autoencoder: diffusers' AutoencoderTiny, 128x128x3 to 16x16x8 and back.
+
+Full-resolution convolutions cost most on a CPU, so the full-resolution levels have no residual
+block, and training sees 64x64 crops around the objects: the network is convolutional.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cloud_server.torchvision_guard import guard
+from cloud_server.training.loop import Budget, fit
+from cloud_server.training.starter.scenes import Scene, batches, draw, sample_scene
+
+guard()
+from diffusers import AutoencoderTiny  # noqa: E402  the guard must come first
+
+LATENT_CHANNELS = 8
+CROP = 64
+BATCH = 32
+
+
+def build_autoencoder() -> AutoencoderTiny:
+    """Return the untrained network, 2.2 M parameters."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(64, 64, 64, 64),
+        decoder_block_out_channels=(64, 64, 64, 64),
+        num_encoder_blocks=(0, 1, 3, 4),
+        num_decoder_blocks=(6, 3, 1, 0),
+        latent_channels=LATENT_CHANNELS,
+    )
+
+
+def train_autoencoder(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
+    """Train and save a diffusers folder at `out`; a picture of truth above result goes to `work`."""
+    torch.manual_seed(seed)
+    model = build_autoencoder().to(memory_format=torch.channels_last)
+
+    def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+        truth = to_tensor(_crops(seed, step)).to(device)
+        noise = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            latents = model.encoder(truth).float()  # (B, 8, 8, 8)
+            # Noise teaches the decoder to forgive the small errors of a diffusion model.
+            jitter = 0.05 * torch.randn(latents.shape, generator=noise, device=device)
+            result = model.decoder(latents + jitter).float()
+        pixel = (result - truth).abs().mean()
+        edges = sum((result.diff(dim=d) - truth.diff(dim=d)).abs().mean() for d in (2, 3))
+        mse = F.mse_loss(result, truth)
+        channels = latents.transpose(0, 1).flatten(1)
+        unit = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
+        psnr = 10 * torch.log10(4 / mse.detach())
+        return pixel + 0.5 * edges + 2 * mse + 0.02 * unit, {"psnr": psnr.item()}
+
+    def save(ready: AutoencoderTiny) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        pictures = next(batches(seed + 1, 64))[0]
+        with torch.inference_mode():
+            truth = to_tensor(pictures).to(device)
+            latents = ready.encode(truth).latents
+            result = ready.decode(latents).sample.clamp(-1, 1)
+        ready.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 4))
+        ready.save_pretrained(out)
+        psnr = 10 * torch.log10(4 / (result - truth).square().mean((1, 2, 3))).mean().item()
+        print(f"\nautoencoder: PSNR {psnr:.2f} dB on 64 fresh scenes", flush=True)
+        rows = torch.cat([truth[:8], result[:8], truth[8:16], result[8:16]])
+        save_grid(rows, work / "autoencoder.png", columns=8)
+
+    fit(
+        "autoencoder",
+        model,
+        loss_fn,
+        lr=1e-3,
+        budget=budget,
+        work=work,
+        device=device,
+        ema=0.998,
+        on_checkpoint=save,
+    )
+
+
+def _crops(seed: int, step: int) -> np.ndarray:
+    """Return (B, 64, 64, 3) crops, three of four around an object."""
+    rng = np.random.default_rng([seed, step])
+    crops = []
+    for _ in range(BATCH):
+        scene = sample_scene(rng)
+        picture = draw(scene, rng)
+        top, left = _corner(scene, rng, picture.shape[0])
+        crops.append(picture[top : top + CROP, left : left + CROP])
+    return np.stack(crops)
+
+
+def _corner(scene: Scene, rng: np.random.Generator, size: int) -> tuple[int, int]:
+    most = size - CROP
+    if rng.random() < 0.25:
+        return int(rng.integers(most + 1)), int(rng.integers(most + 1))
+    x0, y0, x1, y1 = (size * edge for edge in scene.boxes[int(rng.integers(len(scene.boxes)))])
+    jitter = rng.uniform(-0.35, 0.35, 2)
+    top = (y0 + y1) / 2 + jitter[0] * (y1 - y0) - CROP / 2
+    left = (x0 + x1) / 2 + jitter[1] * (x1 - x0) - CROP / 2
+    return int(np.clip(top, 0, most)), int(np.clip(left, 0, most))
+
+
+def to_tensor(pictures: np.ndarray) -> Tensor:
+    """Turn (B, H, W, 3) bytes into (B, 3, H, W) floats in [-1, 1], channels last in memory."""
+    tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    return tensor.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+
+
+def save_grid(pictures: Tensor, file: Path, columns: int) -> None:
+    """Write (N, 3, H, W) pictures in [-1, 1] as one PNG."""
+    from PIL import Image
+
+    count, _, height, width = pictures.shape
+    tiles = pictures.add(1).mul(127.5).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    sheet = np.zeros((-(-count // columns) * height, columns * width, 3), np.uint8)
+    for i, tile in enumerate(tiles):
+        y, x = i // columns * height, i % columns * width
+        sheet[y : y + height, x : x + width] = tile
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(file)

@@ -1,0 +1,88 @@
+"""`cloud-server train-starter`: the starter models from nothing, stage by stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cloud_server.training.loop import Budget
+
+# Minutes on two cores after which each stage is worth shipping; a GPU needs far fewer.
+DEFAULT_MINUTES = {"clip": 30.0, "autoencoder": 30.0, "edge": 40.0, "cloud": 60.0, "router": 3.0}
+STAGES = ("scenes", "tokenizer", *DEFAULT_MINUTES)
+
+
+@click.command("train-starter")
+@click.argument("stages", nargs=-1, type=click.Choice(STAGES))
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("models/starter"),
+    show_default=True,
+    help="Folder of the finished models.",
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("train"),
+    show_default=True,
+    help="Folder of checkpoints, caches and sample sheets; a killed run resumes from it.",
+)
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Time a stage.")
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps a stage.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
+def train_starter(
+    stages: tuple[str, ...],
+    out: Path,
+    work: Path,
+    minutes: float | None,
+    steps: int | None,
+    seed: int,
+    device: str | None,
+    threads: int | None,
+) -> None:
+    """Train the STAGES (all, in order, when none is named) of the starter models.
+
+    Each stage needs the ones before it: scenes, tokenizer, clip, autoencoder, edge, cloud, router.
+    """
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    work.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        if stages and stage not in stages:
+            continue
+        default = None if steps else DEFAULT_MINUTES.get(stage, 1.0)
+        budget = Budget(steps=steps, minutes=minutes or default)
+        click.echo(f"{stage}: on {chosen}, seed {seed}", err=True)
+        run_stage(stage, out, work, budget, seed, chosen)
+
+
+def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
+    """Run one stage; raises FontMissing, or FileNotFoundError when an earlier stage is missing."""
+    from cloud_server.training.router import train_router
+    from cloud_server.training.starter.autoencoder import train_autoencoder
+    from cloud_server.training.starter.clip import train_clip
+    from cloud_server.training.starter.diffusion import train_diffusion
+    from cloud_server.training.starter.scenes import write_sheet
+    from cloud_server.training.starter.tokenizer import train_tokenizer
+
+    match stage:
+        case "scenes":
+            write_sheet(work / "scenes.png", seed)
+        case "tokenizer":
+            train_tokenizer(out / "clip", seed)
+        case "clip":
+            train_clip(out / "clip", work, budget, seed, device)
+        case "autoencoder":
+            train_autoencoder(work / "autoencoder", work, budget, seed, device)
+        case "edge" | "cloud":
+            train_diffusion(stage, out, work, budget, seed, device)
+        case "router":
+            train_router(out, out / "router", work, budget, seed, device)

@@ -1,0 +1,62 @@
+"""Every error a user can meet; each message is one sentence: what, the value, what to do.
+
+AgentError
+  ConfigError           a flag, environment variable, file or request field is wrong (exit 2)
+  BundleError           the bundle is missing, damaged or of another version
+  GenerationError       drawing on the device failed
+  Cancelled             the user stopped the work (exit 130)
+  OutputError           the picture could not be written
+  CloudError            the cloud did not answer with a picture
+    Unreachable           nobody answers there, or the connection broke
+    Refused               the server declined, now or for this request
+    DeadlineExceeded      the picture did not come in time
+    Misbehaved            the server answered with something that is not a picture
+"""
+
+
+class AgentError(Exception):
+    """Anything the agent says to a user in one sentence."""
+
+
+class ConfigError(AgentError):
+    """A flag, environment variable, configuration file or request field is wrong."""
+
+
+class BundleError(AgentError):
+    """The bundle is missing, damaged or of another version."""
+
+
+class GenerationError(AgentError):
+    """Drawing on the device failed."""
+
+
+class Cancelled(AgentError):
+    """The user stopped the work."""
+
+
+class OutputError(AgentError):
+    """The picture could not be written."""
+
+
+class CloudError(AgentError):
+    """The cloud did not answer with a picture."""
+
+
+class Unreachable(CloudError):
+    """Nobody answers at the address, or the connection broke."""
+
+
+class Refused(CloudError):
+    """The server declined the request."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(CloudError):
+    """The picture did not come before the deadline."""
+
+
+class Misbehaved(CloudError):
+    """The server answered with something that is not a picture."""

@@ -1,0 +1,134 @@
+"""Values that cross the rooms of the device: a request, what was decided, what came of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Route(StrEnum):
+    """Where a picture is drawn; `AUTO` leaves it to the router."""
+
+    AUTO = "auto"
+    EDGE = "edge"
+    CLOUD = "cloud"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One wish for a picture. `None` means: the default of the model that draws."""
+
+    prompt: str
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str = ""
+    route: Route = Route.AUTO
+    deadline_s: float | None = None
+    private: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a prompt goes and why. Cloud if and only if `score > threshold` on route `auto`.
+
+    `prs` is the Pareto relative superiority of the edge (above 0.5: edge better), `score` is
+    1 - prs, `threshold` is 1 - alpha of the paper's section 5.2, `metrics` holds D_i by name.
+    """
+
+    route: Route
+    reason: str
+    prs: float
+    score: float
+    threshold: float
+    share: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What a generator hands back: the image, and with which settings which model drew it."""
+
+    image: Image
+    model: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    timings_ms: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to a request. `drawn_on` differs from `decision.route` after a fallback."""
+
+    request_id: str
+    prompt: str
+    picture: Picture
+    decision: Decision
+    drawn_on: Route
+    timings_ms: Mapping[str, float]
+    models: Mapping[str, str] = field(default_factory=dict)
+    fallback_from: Route | None = None
+    fallback_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The cloud accepted the request; `position` prompts are ahead of it."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Denoising step `index` of `total` is done."""
+
+    index: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """The first choice failed and the other side takes over."""
+
+    to: Route
+    reason: str
+
+
+Event = Queued | Step | Fallback
+OnEvent = Callable[[Event], None]
+
+
+class Cancellation:
+    """A flag that a caller sets to stop work within a step; safe to set from a signal handler."""
+
+    def __init__(self) -> None:
+        self._flag = threading.Event()
+        self._hooks: list[Callable[[], None]] = []
+
+    def cancel(self) -> None:
+        """Ask whoever works under this flag to stop."""
+        self._flag.set()
+        for hook in list(self._hooks):
+            hook()
+
+    def on_cancel(self, hook: Callable[[], None]) -> None:
+        """Call `hook` when cancelled, at once if that has happened already."""
+        self._hooks.append(hook)
+        if self._flag.is_set():
+            hook()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._flag.is_set()

@@ -1,0 +1,83 @@
+"""The training loop: budgets, and resuming as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cloud_server.training.loop import Budget, fit
+
+
+class Killed(Exception):
+    """Stands for the end of a process in the middle of training."""
+
+
+def _task(kill_at: int | None = None):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+
+    def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+        if step == kill_at:
+            raise Killed
+        inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        return loss, {"loss": loss.item()}
+
+    return model, loss_fn
+
+
+def _fit(model: nn.Module, loss_fn, work: Path, steps: int, **options):
+    return fit(
+        "line", model, loss_fn, lr=0.05, budget=Budget(steps=steps), work=work, device="cpu",
+        warmup=5, **options,
+    )  # fmt: skip
+
+
+def test_a_budget_needs_steps_or_minutes():
+    with pytest.raises(ValueError, match="--steps or --minutes"):
+        Budget()
+
+
+def test_a_budget_ends_with_whichever_comes_first():
+    both = Budget(steps=100, minutes=1)
+    assert both.progress(step=50, elapsed_s=6) == pytest.approx(0.5)
+    assert both.progress(step=1, elapsed_s=60) == pytest.approx(1.0)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    model, loss_fn = _task()
+    before = loss_fn(10_000)[0].item()
+    _fit(model, loss_fn, tmp_path, 150)
+    assert loss_fn(10_000)[0].item() < before / 20
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, ema):
+    monkeypatch.setattr("cloud_server.training.loop.CHECKPOINT_EVERY_S", 0.0)
+    whole = _fit(*_task(), tmp_path / "whole", 40, ema=ema)
+    with pytest.raises(Killed):
+        _fit(*_task(kill_at=25), tmp_path / "cut", 40, ema=ema)
+    resumed = _fit(*_task(), tmp_path / "cut", 40, ema=ema)
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path):
+    model, loss_fn = _task()
+    done = _fit(model, loss_fn, tmp_path, 10).weight.clone()
+    again = _fit(*_task(kill_at=10), tmp_path, 10)
+    assert torch.equal(done, again.weight)
+
+
+def test_the_average_is_what_gets_shipped_and_training_goes_on_from_the_raw_weights(tmp_path):
+    shipped: list[Tensor] = []
+    model, loss_fn = _task()
+    final = _fit(
+        model, loss_fn, tmp_path, 30, ema=0.99, on_checkpoint=lambda m: shipped.append(m.weight.clone())
+    )
+    state = torch.load(tmp_path / "line.pt", weights_only=True)
+    assert torch.equal(shipped[-1], state["average"]["weight"])
+    assert torch.equal(final.weight, state["average"]["weight"])
+    assert not torch.equal(state["model"]["weight"], state["average"]["weight"])
