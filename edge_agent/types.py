@@ -80,6 +80,7 @@ class Result:
     models: Mapping[str, str] = field(default_factory=dict)
     fallback_from: Route | None = None
     fallback_reason: str | None = None
+    negative_prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +123,12 @@ class Cancellation:
         for hook in list(self._hooks):
             hook()
 
-    def on_cancel(self, hook: Callable[[], None]) -> None:
-        """Call `hook` when cancelled, at once if that has happened already."""
+    def on_cancel(self, hook: Callable[[], None]) -> Callable[[], None]:
+        """Call `hook` when cancelled, at once if already so; the returned function forgets it."""
         self._hooks.append(hook)
         if self._flag.is_set():
             hook()
+        return lambda: self._hooks.remove(hook)
 
     @property
     def cancelled(self) -> bool:

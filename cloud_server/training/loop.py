@@ -32,6 +32,14 @@ class Budget:
         if self.steps is None and self.minutes is None:
             raise ValueError("a training budget needs steps or minutes; give --steps or --minutes")
 
+    def split(self, share: float) -> tuple[Budget, Budget]:
+        """Return two budgets that spend this one, `share` of it first."""
+        steps = None if self.steps is None else max(1, round(share * self.steps))
+        minutes = None if self.minutes is None else share * self.minutes
+        rest = None if steps is None or self.steps is None else max(1, self.steps - steps)
+        later = None if minutes is None or self.minutes is None else self.minutes - minutes
+        return Budget(steps, minutes), Budget(rest, later)
+
     def progress(self, step: int, elapsed_s: float) -> float:
         """Return how much of the budget is used, 0 to 1 and above."""
         by_steps = step / self.steps if self.steps else 0.0

@@ -6,6 +6,7 @@ token states of the same frozen CLIP text encoder, the one that feeds the router
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -55,7 +56,7 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What makes a model edge or cloud: UNet channels per level, steps and guidance when drawing."""
+    """What makes a model edge or cloud: UNet channels per level, and how it draws."""
 
     channels: tuple[int, int]
     steps: int
@@ -94,6 +95,7 @@ def scheduler() -> DPMSolverMultistepScheduler:
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        steps_offset=1,  # unused by "trailing"; pipelines warn without it
         solver_order=2,
     )
 
@@ -210,9 +212,10 @@ def cached_latents(
 ) -> tuple[np.ndarray, list[str]]:
     """Return latents (N, 8, 16, 16), scaled to unit variance, and captions of `count` scenes.
 
-    They are drawn and encoded once and kept in `work`; delete `latents.npz` after a new autoencoder.
+    They are drawn and encoded once for an autoencoder and a seed, and kept in `work`.
     """
-    file = work / "latents.npz"
+    weights = b"".join(t.cpu().numpy().tobytes() for t in vae.state_dict().values())
+    file = work / f"latents-{hashlib.sha256(weights).hexdigest()[:12]}-{seed}.npz"
     if not file.exists():
         vae.to(device)
         latents, captions = [], []
@@ -238,4 +241,3 @@ def _tokens(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
         return_tensors="pt",
     )
     return encoded.input_ids
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -138,8 +138,8 @@ def _sample_groups(rng: np.random.Generator, objects: int) -> tuple[Group, ...]:
         noun = NOUNS[rng.integers(len(NOUNS))]
         colour = tuple(COLOURS)[rng.integers(len(COLOURS))] if rng.random() < 0.4 else None
         size = ("small", "big")[rng.integers(2)] if rng.random() < 0.15 else None
-        if all((noun, colour) != (g.noun, g.colour) and noun != g.noun or
-               (noun == g.noun and colour and g.colour and colour != g.colour) for g in groups):
+        alike = [group for group in groups if group.noun == noun]
+        if all(colour and group.colour and colour != group.colour for group in alike):
             groups.append(Group(noun, count, colour, size))
             objects -= count
     return tuple(groups)
@@ -234,7 +234,7 @@ def _sprite(noun: str, colour: str | None) -> Image.Image:
     return Image.fromarray(tinted)
 
 
-@cache
+@lru_cache(maxsize=8192)
 def _fitted(noun: str, colour: str | None, side: int) -> Image.Image:
     """A sprite whose longer side has `side` pixels."""
     sprite = _sprite(noun, colour)
@@ -279,7 +279,7 @@ def _background(kind: str, rng: np.random.Generator, size: int) -> NDArray[np.fl
         blot = np.array([0.25, 0.6, 0.25], np.float32)
         spot = blot[:, None] * blot * 2.2
         for _ in range(7 if kind == "night" else 16):
-            y, x = rng.integers(0, int(size * (0.55 if kind == "night" else 0.97))), 0
+            y = rng.integers(0, int(size * (0.55 if kind == "night" else 0.97)))
             x = rng.integers(0, size - 3)
             patch = picture[y : y + 3, x : x + 3]
             patch += spot[..., None] * (np.array([255, 250, 225], np.float32) - patch)
@@ -359,7 +359,7 @@ def caption_negatives(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def batches(seed: int, batch: int) -> Iterator[tuple[Pixels, list[str], list[Scene]]]:
-    """Endless batches of images (B, 128, 128, 3), captions and scenes; batch i depends on (seed, i)."""
+    """Endless batches of images (B, 128, 128, 3), captions and scenes, batch i by (seed, i)."""
     index = 0
     while True:
         yield batch_at(seed, index, batch)

@@ -75,7 +75,12 @@ def test_the_average_is_what_gets_shipped_and_training_goes_on_from_the_raw_weig
     shipped: list[Tensor] = []
     model, loss_fn = _task()
     final = _fit(
-        model, loss_fn, tmp_path, 30, ema=0.99, on_checkpoint=lambda m: shipped.append(m.weight.clone())
+        model,
+        loss_fn,
+        tmp_path,
+        30,
+        ema=0.99,
+        on_checkpoint=lambda m: shipped.append(m.weight.clone()),
     )
     state = torch.load(tmp_path / "line.pt", weights_only=True)
     assert torch.equal(shipped[-1], state["average"]["weight"])

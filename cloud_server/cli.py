@@ -1,0 +1,155 @@
+"""The command `cloud-server`: serve the large model, and train what the project ships."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import click
+
+from cloud_server import config
+from cloud_server.errors import ConfigError, ModelError, ServerError
+
+# Training imports torch; each command is found when it is called for, its summary stands here.
+_LAZY = {
+    "train-starter": (
+        "cloud_server.training.starter.cli:train_starter",
+        "Train the starter models from nothing.",
+    ),
+}
+_DEVICES = ("auto", "cpu", "cuda", "cuda:N")
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_LAZY})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _LAZY:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = _LAZY[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            own = self.commands.get(name)
+            rows.append((name, own.get_short_help_str(80) if own else _LAZY[name][1]))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class _Device(click.ParamType):
+    name = "device"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        kind, colon, number = str(value).partition(":")
+        known = (
+            kind in ("auto", "cpu", "cuda") if not colon else kind == "cuda" and number.isdigit()
+        )
+        if not known:
+            self.fail(f"{value!r} is none of {', '.join(_DEVICES)}", param, ctx)
+        return str(value)
+
+
+@contextmanager
+def _one_sentence(*, debug: bool = False) -> Iterator[None]:
+    """Turn our errors into one sentence on stderr and the exit code that belongs to it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ServerError as error:
+        if debug:
+            raise
+        wrong_usage = isinstance(error, ConfigError)
+        kind = click.UsageError if wrong_usage else click.ClickException
+        raise kind(str(error)) from error
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="routet2i-edge", prog_name="cloud-server")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """The large text-to-image model behind gRPC, and all training."""
+    if ctx.invoked_subcommand == "serve":
+        known = [parameter.name for parameter in serve.params if parameter.name]
+        with _one_sentence():
+            ctx.default_map = {"serve": config.read_config(config.config_path(), known)}
+
+
+def _option(name: str, help_text: str, **settings: Any) -> Callable[[Any], Any]:
+    variable = "CLOUD_SERVER_" + name.removeprefix("--").upper()
+    return click.option(
+        name, help=help_text, envvar=variable, show_envvar=True, show_default=True, **settings
+    )
+
+
+@main.command()
+@_option("--model", "Diffusers folder or hub id.  [default: the starter cloud model]")
+@_option("--address", "HOST:PORT to listen on; port 0 takes a free one.", default="127.0.0.1:50051")
+@_option("--insecure", "Allow an address that others can reach.", is_flag=True)
+@_option("--reflection", "Answer gRPC reflection.", is_flag=True)
+@_option(
+    "--grace",
+    "Seconds that accepted pictures get on SIGTERM.",
+    type=click.FloatRange(min=0),
+    default=30.0,
+)
+@_option("--queue", "Pictures that may wait.", type=click.IntRange(min=0), default=8)
+@_option("--threads", "CPU threads of the model.  [default: torch's]", type=click.IntRange(min=1))
+@_option("--device", f"One of {', '.join(_DEVICES)}.", type=_Device(), default="auto")
+@_option("--debug", "Log more, and show tracebacks.", is_flag=True)
+def serve(
+    model: str | None,
+    address: str,
+    insecure: bool,
+    reflection: bool,
+    grace: float,
+    queue: int,
+    threads: int | None,
+    device: str,
+    debug: bool,
+) -> None:
+    """Serve the large model over gRPC until SIGTERM."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    with _one_sentence(debug=debug):
+        listen = config.listen_address(address, insecure=insecure)
+        from cloud_server import engine, server
+
+        source = model or _starter()
+        engine.check_model(source)
+        settings = config.ServeSettings(
+            source, listen, insecure, reflection, grace, queue, threads, device
+        )
+        if not listen.loopback:
+            logging.getLogger(__name__).warning("anyone who reaches %s can draw here", listen)
+        received = asyncio.run(
+            server.run(
+                settings,
+                lambda: engine.DiffusersEngine.load(source, device=device, threads=threads),
+                click.echo,
+            )
+        )
+    if received is signal.SIGINT:
+        sys.exit(130)
+
+
+def _starter() -> str:
+    from cloud_server.starter import starter_folder
+
+    try:
+        return str(starter_folder() / "cloud")
+    except FileNotFoundError as error:
+        raise ModelError(str(error)) from error

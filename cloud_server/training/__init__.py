@@ -1,0 +1,1 @@
+"""All training: quality labels, the router predictor and the starter models. PyTorch."""

@@ -1,0 +1,291 @@
+"""The starter CLIP: an open_clip model trained on captions and on the ten quality pairs.
+
+Its frozen text tower conditions both diffusion models and feeds the router; its picture tower
+measures quality. Both are learnt together; then, against the finished text tower, a convolutional
+picture tower takes the first one's place, because a small transformer needs many more pictures to
+see blur, blocks and cuts. Captions with one thing wrong (colours, sides, counts, nouns, places)
+stand in every batch, because a contrastive encoder otherwise forgets word order. After a while the text tower is
+locked, as the diffusion models will need it, and the picture tower learns on, mostly about quality.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cloud_server.torchvision_guard import guard
+from cloud_server.training.loop import Budget, fit
+from cloud_server.training.quality import load_metrics
+from cloud_server.training.starter.autoencoder import to_tensor
+from cloud_server.training.starter.degradations import degrade
+from cloud_server.training.starter.scenes import batch_at, caption_negatives
+from cloud_server.training.starter.tokenizer import CONTEXT_LENGTH, encode
+
+guard()
+import open_clip  # noqa: E402  the guard must come first
+from safetensors.torch import save_file  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+
+Config = dict[str, Any]  # open_clip's own description of a model
+
+BATCH = 96
+SPOILED, SPOILED_LATER = 0.4, 0.8  # share of pictures that are degraded, before and after locking
+LOCKED_FROM = 0.6  # of the budget
+LATER = 1_000_000  # data of the second part are not those of the first
+WIDTH, HEADS, TEXT_LAYERS = 192, 6, 4
+VISION: Config = {
+    "image_size": 128,
+    "patch_size": 16,
+    "width": WIDTH,
+    "layers": 6,
+    "head_width": 32,
+}
+CONVOLUTIONAL: Config = {"image_size": 128, "layers": [1, 1, 1, 1], "width": 24, "head_width": 32}
+METRICS = load_metrics()
+
+
+def model_config(vocabulary: int, vision: Config = VISION) -> Config:
+    """Return the open_clip description of the model, 5 M parameters."""
+    return {
+        "embed_dim": WIDTH,
+        "vision_cfg": vision,
+        "text_cfg": {
+            "context_length": CONTEXT_LENGTH,
+            "vocab_size": vocabulary,
+            "width": WIDTH,
+            "heads": HEADS,
+            "layers": TEXT_LAYERS,
+            "hf_tokenizer_name": "starter",  # any name: the folder's own files are used
+            "tokenizer_kwargs": {"clean": "whitespace"},
+        },
+    }
+
+
+def train_clip(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
+    """Train both towers; write an open_clip folder to `out`, which holds the tokenizer already."""
+    torch.manual_seed(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(out)
+    model = open_clip.CLIP(**_model_arguments(model_config(len(tokenizer))))
+    _fit("clip", model, VISION, tokenizer, out, work, budget, seed, device)
+
+
+def train_picture_tower(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
+    """Put a convolutional picture tower into the folder `out`; its text tower stays as it is."""
+    torch.manual_seed(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(out)
+    model = open_clip.CLIP(**_model_arguments(model_config(len(tokenizer), CONVOLUTIONAL)))
+    finished = load_clip(out).state_dict()
+    text = {k: v for k, v in finished.items() if not k.startswith("visual.")}
+    model.load_state_dict(text, strict=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
+    model.visual.to(memory_format=torch.channels_last)
+    _fit("clip-pictures", model, CONVOLUTIONAL, tokenizer, out, work, budget, seed + 1, device)
+
+
+def _fit(
+    name: str,
+    model: open_clip.CLIP,
+    vision: Config,
+    tokenizer: CLIPTokenizer,
+    out: Path,
+    work: Path,
+    budget: Budget,
+    seed: int,
+    device: str,
+) -> None:
+    """Fit captions to pictures and the metrics' poles to how spoiled the pictures are."""
+    pairs = encode(tokenizer, [t for m in METRICS for t in (m.positive, m.negative)]).to(device)
+    kind = torch.device(device).type
+
+    def loss_fn(step: int, spoiled: float) -> tuple[Tensor, dict[str, float]]:
+        pictures, captions, goodness, chosen = _batch(seed, step, spoiled)
+        tokens = encode(tokenizer, captions).to(device)  # (2B, n): captions, then wrong ones
+        goodness, chosen = goodness.to(device), chosen.to(device)
+        # On a CPU the fused attention's backward pass takes three quarters of a step.
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(kind, dtype=torch.bfloat16):
+            image = F.normalize(model.encode_image(to_tensor(pictures).to(device)).float(), dim=-1)
+            text = F.normalize(_encode_text(model, tokens), dim=-1)
+            poles = F.normalize(_encode_text(model, pairs), dim=-1)
+        scale = model.logit_scale.exp().clamp(max=100)
+        logits = scale * image @ text.T  # (B, 2B)
+        truth = torch.arange(len(image), device=device)
+        by_text = F.cross_entropy(logits[:, : len(image)].T, truth)
+        contrast = (F.cross_entropy(logits, truth) + by_text) / 2
+        gap = scale * image @ (poles[0::2] - poles[1::2]).T  # (B, k)
+        losses = F.binary_cross_entropy_with_logits(gap, goodness, reduction="none")
+        quality = losses[chosen].mean() + 0.3 * losses[~chosen].mean()
+        right = (logits.argmax(1) == truth).float().mean().item()
+        return contrast + quality, {
+            "contrast": contrast.item(), "right": right, "quality": quality.item()
+        }  # fmt: skip
+
+    def save(ready: open_clip.CLIP) -> None:
+        save_clip(ready, len(tokenizer), out)
+        report = evaluate_clip(ready, tokenizer, seed + 1, device)
+        print("\nclip:", json.dumps(report), flush=True)
+
+    options: dict[str, Any] = {
+        "lr": 8e-4, "work": work, "device": device, "ema": 0.997, "warmup": 100,
+        "weight_decay": 0.05, "on_checkpoint": save,
+    }  # fmt: skip
+    both, later = budget.split(LOCKED_FROM)
+    fit("clip", model, lambda step: loss_fn(step, SPOILED), budget=both, **options)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("visual."))
+    fit(
+        "clip-picture",
+        model,
+        lambda step: loss_fn(step + LATER, SPOILED_LATER),
+        budget=later,
+        **options,
+    )
+
+
+def _model_arguments(config: Config) -> Config:
+    text = {k: v for k, v in config["text_cfg"].items() if k != "tokenizer_kwargs"}
+    return {**config, "text_cfg": text}
+
+
+def _encode_text(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
+    """Encode as open_clip does, without the padding that no prompt of the batch needs."""
+    length = int(tokens.argmax(-1).max()) + 1
+    tokens = tokens[:, :length]
+    states = model.token_embedding(tokens) + model.positional_embedding[:length]
+    states = model.transformer(states, attn_mask=model.attn_mask[:length, :length])
+    ends = tokens.argmax(-1)
+    pooled = model.ln_final(states)[torch.arange(len(tokens), device=tokens.device), ends]
+    return (pooled @ model.text_projection).float()
+
+
+def _batch(seed: int, step: int, spoiled: float) -> tuple[np.ndarray, list[str], Tensor, Tensor]:
+    """Return pictures (B, H, W, 3), 2B captions, goodness (B, k) in 0..1 and what was chosen (B, k).
+
+    A picture spoiled in metric i at strength s should score 1 - s or so on that metric, the chosen
+    one; what it should score on the others is known less well.
+    """
+    pictures, captions, scenes = batch_at(seed, step, BATCH)
+    rng = np.random.default_rng([seed, step, 1])
+    wrong = [str(rng.choice(caption_negatives(scene, rng))) for scene in scenes]
+    goodness = np.full((BATCH, len(METRICS)), 0.97, np.float32)
+    chosen = np.zeros(goodness.shape, bool)
+    for i in range(round(spoiled * BATCH)):
+        metric, strength = int(rng.integers(len(METRICS))), rng.random()
+        picture = degrade(pictures[i].astype(np.float32) / 255, METRICS[metric].name, strength, rng)
+        pictures[i] = (picture * 255).round().astype(np.uint8)
+        goodness[i, metric] = 0.03 + 0.94 * (1 - strength) ** 1.5
+        chosen[i, metric] = True
+    return pictures, captions + wrong, torch.from_numpy(goodness), torch.from_numpy(chosen)
+
+
+def save_clip(model: open_clip.CLIP, config: Config, out: Path) -> None:
+    """Write open_clip's config and half-precision weights beside the tokenizer in `out`."""
+    described = {
+        "model_cfg": config,
+        "preprocess_cfg": {
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "interpolation": "bicubic",
+            "resize_mode": "squash",
+        },
+    }
+    (out / "open_clip_config.json").write_text(json.dumps(described, indent=1) + "\n")
+    weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "attn_mask"}
+    partial = out / "open_clip_model.partial"
+    save_file(weights, partial)
+    partial.replace(out / "open_clip_model.safetensors")
+
+
+def load_clip(folder: Path) -> open_clip.CLIP:
+    """Open the folder in full precision, ready to use."""
+    return open_clip.create_model(f"local-dir:{folder.resolve()}", precision="fp32").eval()
+
+
+def to_transformers(folder: Path) -> CLIPTextModel:
+    """Return the text tower as transformers' class: the same weights, the same hidden states."""
+    source = load_clip(folder).state_dict()
+    vocabulary = source["token_embedding.weight"].shape[0]
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=CONTEXT_LENGTH,
+        hidden_act="gelu",
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=0,
+    )
+    model = CLIPTextModel(config)
+    target = {
+        "embeddings.token_embedding.weight": source["token_embedding.weight"],
+        "embeddings.position_embedding.weight": source["positional_embedding"],
+        "final_layer_norm.weight": source["ln_final.weight"],
+        "final_layer_norm.bias": source["ln_final.bias"],
+    }
+    names = {
+        "attn.out_proj": "self_attn.out_proj",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    for i in range(TEXT_LAYERS):
+        ours, theirs = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
+        for kind in ("weight", "bias"):
+            for name, other in names.items():
+                target[f"{theirs}.{other}.{kind}"] = source[f"{ours}.{name}.{kind}"]
+            joined = source[f"{ours}.attn.in_proj_{kind}"].chunk(3)
+            for letter, part in zip("qkv", joined, strict=True):
+                target[f"{theirs}.self_attn.{letter}_proj.{kind}"] = part
+    model.text_model.load_state_dict(target, strict=False)
+    return model.eval()
+
+
+@torch.inference_mode()
+def evaluate_clip(
+    model: open_clip.CLIP, tokenizer: CLIPTokenizer, seed: int, device: str = "cpu"
+) -> dict[str, float]:
+    """Measure on 256 fresh scenes: retrieval R@1, share of wrong captions preferred, mean AUROC.
+
+    The AUROC is of each metric on its own degradation at strength 0.5 against untouched pictures.
+    """
+    pictures, captions, scenes = batch_at(seed, 0, 256)
+    rng = np.random.default_rng([seed, 1])
+    wrong = [str(rng.choice(caption_negatives(scene, rng))) for scene in scenes]
+
+    def image(batch: np.ndarray) -> Tensor:
+        return F.normalize(model.encode_image(to_tensor(batch).to(device)), dim=-1)
+
+    text = F.normalize(_encode_text(model, encode(tokenizer, captions + wrong).to(device)), dim=-1)
+    similar = image(pictures) @ text.T  # (256, 512)
+    right = similar.diagonal()
+    report = {
+        "retrieval": (similar[:, :256].argmax(1).cpu() == torch.arange(256)).float().mean().item(),
+        "fooled": (similar[:, 256:].diagonal() > right).float().mean().item(),
+    }
+    aurocs = []
+    texts = [t for m in METRICS for t in (m.positive, m.negative)]
+    poles = F.normalize(_encode_text(model, encode(tokenizer, texts).to(device)), dim=-1)
+    contrast = poles[0::2] - poles[1::2]
+    clean = image(pictures[:64]) @ contrast.T
+    for i, metric in enumerate(METRICS):
+        spoiled = [
+            degrade(p.astype(np.float32) / 255, metric.name, 0.5, rng) for p in pictures[:64]
+        ]
+        scores = image((np.stack(spoiled) * 255).round().astype(np.uint8)) @ contrast[i]
+        auroc = (clean[:, i, None] > scores[None]).float().mean().item()
+        report[f"auroc_{metric.name}"] = auroc
+        aurocs.append(auroc)
+    report["auroc"] = float(np.mean(aurocs))
+    return {name: round(value, 4) for name, value in report.items()}

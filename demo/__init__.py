@@ -1,0 +1,1 @@
+"""The demonstration that `make demo` runs: both sides draw, then the cloud goes away."""

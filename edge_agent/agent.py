@@ -1,0 +1,335 @@
+"""The one door of the device: a request in; decided, drawn here or in the cloud; a result out.
+
+A cloud that does not answer with a picture is replaced by the edge, and the result says why. No
+cloud client is touched for a private request, for route `edge`, or by an offline agent.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
+
+from edge_agent.bundle import Bundle, TokenizerFiles
+from edge_agent.diffusion.generator import EdgeGenerator
+from edge_agent.errors import (
+    BundleError,
+    CloudError,
+    ConfigError,
+    DeadlineExceeded,
+    GenerationError,
+    Unreachable,
+)
+from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, check_prompt, check_request
+from edge_agent.routing.encoder import Encoded, TextEncoder, Tokenizer
+from edge_agent.routing.router import Router
+from edge_agent.runtime.session import Session
+from edge_agent.types import (
+    Cancellation,
+    Decision,
+    Fallback,
+    OnEvent,
+    Picture,
+    Request,
+    Result,
+    Route,
+)
+
+
+class CloudGenerator(Protocol):
+    """Something elsewhere that draws; raises CloudError when no picture comes."""
+
+    def generate(
+        self,
+        request: Request,
+        *,
+        request_id: str,
+        seed: int,
+        deadline_s: float,
+        on_event: OnEvent | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> Picture:
+        """Draw `request` within `deadline_s` seconds."""
+        ...
+
+    def close(self) -> None:
+        """Give back the connection."""
+        ...
+
+
+class LazyCloud:
+    """A cloud built at its first use, so that a picture drawn here never loads gRPC."""
+
+    def __init__(self, build: Callable[[], CloudGenerator]) -> None:
+        self._build = build
+        self._lock = threading.Lock()
+        self._built: CloudGenerator | None = None
+
+    def generate(
+        self,
+        request: Request,
+        *,
+        request_id: str,
+        seed: int,
+        deadline_s: float,
+        on_event: OnEvent | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> Picture:
+        """Build the cloud if needed and let it draw."""
+        with self._lock:
+            if self._built is None:
+                self._built = self._build()
+        return self._built.generate(
+            request,
+            request_id=request_id,
+            seed=seed,
+            deadline_s=deadline_s,
+            on_event=on_event,
+            cancellation=cancellation,
+        )
+
+    def close(self) -> None:
+        """Close the cloud if it was ever built."""
+        with self._lock:
+            if self._built is not None:
+                self._built.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One request on its way through the agent; `deadline` is a reading of the agent's clock."""
+
+    request: Request
+    request_id: str
+    seed: int
+    encoded: Encoded
+    deadline: float
+    on_event: OnEvent | None
+    cancellation: Cancellation | None
+
+
+class EdgeAgent:
+    """Routes prompts and draws pictures with a bundle, and with a cloud where there is one.
+
+    Networks are opened when first needed: deciding opens the text encoder and the predictor only.
+    `share` is the share of prompts that may go to the cloud, by default the bundle's own. Calls
+    may come from several threads.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        cloud: CloudGenerator | None = None,
+        share: float | None = None,
+        offline: bool = False,
+        threads: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.bundle = bundle
+        self._cloud = None if offline else cloud
+        self._share = bundle.router.default_share if share is None else share
+        self._offline = offline
+        self._threads = threads
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._deciding: tuple[Router, TextEncoder] | None = None
+        self._drawing: EdgeGenerator | None = None
+        self.providers: dict[str, list[str]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the cloud and let go of the networks."""
+        if self._cloud is not None:
+            self._cloud.close()
+        with self._lock:
+            self._deciding = self._drawing = None
+
+    def open(self, *, drawing: bool = True) -> None:
+        """Open the networks now, not at the first request; without `drawing` those that decide."""
+        self._open_deciding()
+        if drawing:
+            self._open_drawing()
+
+    def route(self, prompt: str) -> Decision:
+        """Decide where `prompt` would be drawn; opens no socket and draws nothing."""
+        check_prompt(prompt)
+        return self._open_deciding()[0].decide(prompt)[0]
+
+    def generate(
+        self,
+        request: Request,
+        on_event: OnEvent | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> Result:
+        """Draw `request` on the side it belongs to, or on the other when that one fails.
+
+        Raises ConfigError for a request nobody could draw, Cancelled, or GenerationError when the
+        last side that was allowed has failed.
+        """
+        check_request(request)
+        if request.route is Route.CLOUD and not self._cloud_allowed(request):
+            raise ConfigError(self._why_no_cloud(request))
+        started = self._clock()
+        router, _ = self._open_deciding()
+        opened = self._clock()
+        decision, encoded = router.decide(request.prompt)
+        decision = self._overrule(decision, request)
+        decided = self._clock()
+        call = _Call(
+            request=request,
+            request_id=secrets.token_hex(16),
+            seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
+            encoded=encoded,
+            deadline=started + (request.deadline_s or DEFAULT_DEADLINE_S),
+            on_event=on_event,
+            cancellation=cancellation,
+        )
+        picture, drawn_on, fallback_reason = self._draw(call, decision.route)
+        ended = self._clock()
+        return Result(
+            request_id=call.request_id,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            picture=picture,
+            decision=decision,
+            drawn_on=drawn_on,
+            timings_ms={
+                "open": 1e3 * (opened - started),
+                "decide": 1e3 * (decided - opened),
+                "draw": 1e3 * (ended - decided),
+                "total": 1e3 * (ended - started),
+            },
+            models=self._models(drawn_on, picture),
+            fallback_from=None if drawn_on is decision.route else decision.route,
+            fallback_reason=fallback_reason,
+        )
+
+    def _cloud_allowed(self, request: Request) -> bool:
+        return (
+            self._cloud is not None
+            and not self._offline
+            and not request.private
+            and request.route is not Route.EDGE
+        )
+
+    def _why_no_cloud(self, request: Request) -> str:
+        if request.private:
+            return "route cloud contradicts a private request; drop --private or the route"
+        if self._offline:
+            return "route cloud contradicts --offline; drop one of them"
+        return "no cloud is configured; give its address with --cloud HOST:PORT"
+
+    def _overrule(self, decision: Decision, request: Request) -> Decision:
+        """Put what the request or the agent demands above what the router thinks."""
+        if request.route is not Route.AUTO:
+            return replace(decision, route=request.route, reason=f"asked for {request.route.value}")
+        if decision.route is Route.EDGE:
+            return decision
+        if request.private:
+            return replace(decision, route=Route.EDGE, reason="private: stays on this device")
+        if self._offline:
+            return replace(decision, route=Route.EDGE, reason="offline: drawn on this device")
+        return decision
+
+    def _draw(self, call: _Call, first: Route) -> tuple[Picture, Route, str | None]:
+        """Return the picture, the side that drew it and, after a fallback, the reason for it."""
+        try:
+            return self._draw_on(first, call), first, None
+        except (CloudError, GenerationError, BundleError) as err:
+            if first is Route.EDGE and not self._cloud_allowed(call.request):
+                raise
+            failure = err
+        second = Route.EDGE if first is Route.CLOUD else Route.CLOUD
+        reason = str(failure)
+        if call.on_event is not None:
+            call.on_event(Fallback(second, reason))
+        try:
+            return self._draw_on(second, call), second, reason
+        except (CloudError, GenerationError, BundleError) as err:
+            raise GenerationError(
+                f"neither side could draw: {first.value}: {reason}; {second.value}: {err}"
+            ) from err
+
+    def _draw_on(self, route: Route, call: _Call) -> Picture:
+        if route is Route.EDGE:
+            generator = self._open_drawing()
+            diffusion, router = self.bundle.diffusion, self.bundle.router
+            shared = diffusion.text_encoder == router.text_encoder
+            return generator.generate(
+                call.request,
+                call.encoded if shared else None,
+                call.seed,
+                call.on_event,
+                call.cancellation,
+            )
+        if self._cloud is None:
+            raise Unreachable(self._why_no_cloud(call.request))
+        remaining_s = call.deadline - self._clock()
+        if remaining_s <= 0:
+            raise DeadlineExceeded("the deadline passed before the cloud could be asked")
+        return self._cloud.generate(
+            call.request,
+            request_id=call.request_id,
+            seed=call.seed,
+            deadline_s=remaining_s,
+            on_event=call.on_event,
+            cancellation=call.cancellation,
+        )
+
+    def _models(self, drawn_on: Route, picture: Picture) -> dict[str, str]:
+        predictor = self.bundle.component(self.bundle.router.predictor)
+        digest = f"@{self.bundle.diffusion.digest[:12]}" if drawn_on is Route.EDGE else ""
+        return {
+            "router": f"{predictor.name}@{predictor.files[predictor.file].sha256[:12]}",
+            drawn_on.value: picture.model + digest,
+        }
+
+    def _open_deciding(self) -> tuple[Router, TextEncoder]:
+        with self._lock:
+            if self._deciding is None:
+                spec = self.bundle.router
+                text_encoder = self._open_text_encoder(spec.text_encoder, self.bundle.tokenizer)
+                predictor = self._open_session(spec.predictor)
+                router = Router(text_encoder, predictor, spec, self._share)
+                self._deciding = router, text_encoder
+            return self._deciding
+
+    def _open_drawing(self) -> EdgeGenerator:
+        _, text_encoder = self._open_deciding()
+        with self._lock:
+            if self._drawing is None:
+                spec = self.bundle.diffusion
+                if spec.text_encoder != self.bundle.router.text_encoder:
+                    text_encoder = self._open_text_encoder(
+                        spec.text_encoder, self.bundle.tokenizer_diffusion
+                    )
+                self._drawing = EdgeGenerator(
+                    spec,
+                    unet=self._open_session("unet"),
+                    vae_decoder=self._open_session("vae_decoder"),
+                    text_encoder=text_encoder,
+                    clock=self._clock,
+                )
+            return self._drawing
+
+    def _open_text_encoder(self, component: str, files: TokenizerFiles) -> TextEncoder:
+        tokenizer = Tokenizer(self.bundle.path / files.file, files.context_length, files.pad_id)
+        return TextEncoder(self._open_session(component), tokenizer)
+
+    def _open_session(self, component: str) -> Session:
+        session = Session(
+            self.bundle.path_of(component),
+            threads=self._threads,
+            optimized=self.bundle.component(component).optimized,
+        )
+        self.providers[component] = session.providers
+        return session

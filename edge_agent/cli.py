@@ -1,0 +1,320 @@
+"""The command `edge-agent`: results on stdout, everything else on stderr, errors in one sentence.
+
+Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edge_agent.config import OPTIONS, Settings, resolve
+from edge_agent.errors import AgentError, Cancelled, ConfigError
+from edge_agent.types import Cancellation, Event, Fallback, OnEvent, Queued, Step
+
+if TYPE_CHECKING:
+    from edge_agent.agent import EdgeAgent
+
+PROGRAM = "edge-agent"
+T = TypeVar("T")
+Command = Callable[..., Any]
+_DECIDING = ("bundle", "share", "threads", "json", "quiet", "debug")
+
+
+@dataclass(slots=True)
+class State:
+    """What one run of the command knows beside its flags."""
+
+    env: Mapping[str, str]
+    debug: bool
+
+
+class DefaultGroup(click.Group):
+    """A group that takes anything but a command's name for the arguments of `generate`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `generate` in front of a bare prompt."""
+        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
+            args = ["generate", *args]
+        return super().parse_args(ctx, args)
+
+
+def settings_options(*names: str) -> Callable[[Command], Command]:
+    """Add the flags of these settings, unparsed: `resolve` reads all four sources alike."""
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(names):
+            option, flag = OPTIONS[name], "--" + name.replace("_", "-")
+            if option.is_switch:
+                declared = [f"{flag}/--no-{flag.removeprefix('--')}", name]
+                add = click.option(*declared, default=None, help=option.help)
+            else:
+                declared = ["-o", flag, name] if name == "output" else [flag, name]
+                add = click.option(*declared, metavar=option.metavar, help=option.help)
+            command = add(command)
+        return command
+
+    return decorate
+
+
+@click.group(cls=DefaultGroup, context_settings={"max_content_width": 100})
+@click.version_option(package_name="routet2i-edge", prog_name=PROGRAM)
+def cli() -> None:
+    """Draw pictures on this device when it is good enough, in the cloud where that buys quality.
+
+    `edge-agent PROMPT` is `edge-agent generate PROMPT`. Every option can also be set by an
+    EDGE_AGENT_* variable or in config.toml; `edge-agent doctor` shows what holds.
+    """
+
+
+@cli.command()
+@click.argument("prompts", nargs=-1, metavar="PROMPT...")
+@click.option("--file", metavar="FILE", help="Read prompts from FILE, one a line; - is stdin.")
+@settings_options(*_DECIDING)
+@click.pass_obj
+def route(state: State, /, prompts: tuple[str, ...], file: str | None, **flags: Any) -> None:
+    """Decide where each PROMPT would be drawn; draw nothing, open no connection."""
+    settings = _resolve(state, flags)
+    everything = [*prompts, *(_prompts_in(file) if file else ())]
+    if not everything:
+        raise ConfigError("there is no prompt to decide on; give PROMPT... or --file FILE")
+    from edge_agent.prompt import check_prompt
+
+    for prompt in everything:
+        check_prompt(prompt)
+    started = time.perf_counter()
+    with _open_agent(settings) as agent:
+        agent.open(drawing=False)
+        opened = time.perf_counter()
+        for prompt in everything:
+            begun = time.perf_counter()
+            decision = agent.route(prompt)
+            ended = time.perf_counter()
+            if settings.json:
+                from edge_agent.records import decision_to_json
+
+                timings_ms = {"open": 1e3 * (opened - started), "decide": 1e3 * (ended - begun)}
+                _print_json(decision_to_json(prompt, decision, timings_ms))
+            else:
+                click.echo(f"{decision.route.value:<5}  {decision.score:.3f}  {prompt}")
+    if not (settings.json or settings.quiet):
+        _note(f"cloud above score {decision.threshold:.3f}, at a share of {decision.share:g}")
+
+
+@cli.command()
+@click.argument("prompt", nargs=-1, required=True, metavar="PROMPT")
+@settings_options(*OPTIONS)
+@click.pass_obj
+def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
+    """Draw PROMPT and print the picture's path."""
+    settings = _resolve(state, flags)
+    request = settings.request(" ".join(prompt))
+    from edge_agent.gallery.png import check_folder, write_png
+    from edge_agent.prompt import check_request
+    from edge_agent.records import png_record, result_to_json
+
+    check_request(request)
+    check_folder(_output_file(settings.output, request.prompt, 0))
+    with _open_agent(settings) as agent, _progress(settings.quiet) as on_event:
+        result = _cancellable(lambda flag: agent.generate(request, on_event, flag))
+    file = _output_file(settings.output, result.prompt, result.picture.seed)
+    write_png(file, result.picture.image, png_record(result))
+    if settings.json:
+        _print_json(result_to_json(result, file))
+    else:
+        click.echo(file)
+        if not settings.quiet:
+            _note(
+                f"drawn on the {result.drawn_on.value} by {result.picture.model}, "
+                f"seed {result.picture.seed}, {result.timings_ms['total'] / 1e3:.1f} s"
+            )
+
+
+@cli.command()
+@settings_options("offline", "cloud", *_DECIDING)
+@click.pass_obj
+def doctor(state: State, /, **flags: Any) -> int:
+    """Check the bundle, the networks, the cloud and the settings; exit 1 if it cannot draw."""
+    from edge_agent.doctor import examine, report_lines
+
+    settings = _resolve(state, flags)
+    report = examine(settings)
+    if settings.json:
+        _print_json(report)
+    else:
+        click.echo("\n".join(report_lines(report)))
+    return 0 if report["bundle"]["ok"] else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments, os.environ))
+
+
+def run(arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run the command and return its exit code: the one place where errors become sentences."""
+    state = State(env, debug="--debug" in arguments)
+    try:
+        code = cli.main(list(arguments), PROGRAM, standalone_mode=False, obj=state)
+        sys.stdout.flush()
+    except click.ClickException as err:
+        err.show()
+        return err.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has left; Python must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, click.Abort, Cancelled) as err:
+        return _fail(state, 130, "stopped; nothing was written", err)
+    except ConfigError as err:
+        return _fail(state, 2, str(err), err)
+    except AgentError as err:
+        return _fail(state, 1, str(err), err)
+    except Exception as err:  # the outermost edge: a person gets a sentence whatever happens
+        told = f"unexpected {type(err).__name__}: {err}; run it again with --debug and report it"
+        return _fail(state, 1, told, err)
+    return int(code or 0)
+
+
+def _fail(state: State, code: int, message: str, err: BaseException) -> int:
+    if state.debug:
+        import traceback
+
+        traceback.print_exception(err)
+    _note(message)
+    return code
+
+
+def _resolve(state: State, flags: Mapping[str, Any]) -> Settings:
+    settings = resolve(flags, state.env)
+    state.debug = settings.debug
+    return settings
+
+
+def _open_agent(settings: Settings) -> EdgeAgent:
+    from edge_agent.agent import EdgeAgent, LazyCloud
+    from edge_agent.bundle import open_bundle
+
+    address = None if settings.offline else settings.cloud
+    return EdgeAgent(
+        open_bundle(settings.bundle),
+        cloud=None if address is None else LazyCloud(lambda: _connect(address)),
+        share=settings.share,
+        offline=settings.offline,
+        threads=settings.threads,
+    )
+
+
+def _connect(address: str) -> Any:
+    from edge_agent.cloud.client import CloudClient
+
+    return CloudClient(address)
+
+
+def _prompts_in(file: str) -> list[str]:
+    try:
+        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        lines = raw.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"--file {file} is not UTF-8 ({err.reason}); convert it") from err
+    except OSError as err:
+        raise ConfigError(f"--file {file} cannot be read ({err.strerror})") from err
+    return [line for line in lines if line.strip()]
+
+
+def _output_file(output: Path | None, prompt: str, seed: int) -> Path:
+    """Return where the picture goes: `output`, or a name made of prompt and seed, never in use."""
+    if output is not None and not output.is_dir():
+        if output.suffix.lower() != ".png":
+            raise ConfigError(f"-o {output} does not end in .png; only PNG pictures are written")
+        return output
+    words = "".join(letter if letter.isalnum() else " " for letter in prompt.lower()).split()
+    stem = f"{'-'.join(words)[:48].rstrip('-') or 'picture'}-{seed}"
+    folder = output or Path()
+    file, copy = folder / f"{stem}.png", 1
+    while file.exists():
+        copy += 1
+        file = folder / f"{stem}-{copy}.png"
+    return file
+
+
+def _cancellable(work: Callable[[Cancellation], T]) -> T:
+    """Run `work` in a thread, so that the first Ctrl-C can stop it inside a step.
+
+    Python delivers signals only to the main thread and not while that is inside onnxruntime. A
+    second Ctrl-C ends the process at once.
+    """
+    from concurrent.futures import Future, wait
+    from threading import Thread
+
+    cancellation = Cancellation()
+    future: Future[T] = Future()
+
+    def target() -> None:
+        try:
+            future.set_result(work(cancellation))
+        except BaseException as err:
+            future.set_exception(err)
+
+    def on_interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        cancellation.cancel()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        Thread(target=target, name="drawing", daemon=True).start()
+        while not future.done():
+            wait([future], timeout=0.2)  # a wait without end cannot be interrupted on Windows
+        if cancellation.cancelled:
+            raise Cancelled("stopped")
+        return future.result()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[OnEvent]:
+    """Show steps as a bar on a terminal, and a change of sides as a note."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda event: _tell(event, quiet)
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="step", leave=False, file=sys.stderr) as bar:
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Step):
+                bar.total = event.total
+                bar.update(event.index - bar.n)
+            elif isinstance(event, Queued):
+                bar.set_description(f"{event.position} ahead in the cloud")
+            else:
+                bar.reset()
+                bar.clear()
+                _tell(event, quiet)
+
+        yield on_event
+
+
+def _tell(event: Event, quiet: bool) -> None:
+    if isinstance(event, Fallback) and not quiet:
+        _note(f"drawing on the {event.to.value} instead: {event.reason}")
+
+
+def _note(message: str) -> None:
+    click.echo(f"{PROGRAM}: {message}", err=True)
+
+
+def _print_json(content: Mapping[str, Any]) -> None:
+    import json
+
+    click.echo(json.dumps(content, ensure_ascii=False))

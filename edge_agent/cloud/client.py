@@ -1,0 +1,328 @@
+"""One cloud server as a generator of pictures: a synchronous client of t2i.v1.ImageGeneration.
+
+Every way in which that can fail ends here as one of the CloudError family.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
+
+from edge_agent.errors import (
+    Cancelled,
+    CloudError,
+    ConfigError,
+    DeadlineExceeded,
+    Misbehaved,
+    Refused,
+    Unreachable,
+)
+from edge_agent.types import Cancellation, OnEvent, Picture, Queued, Request, Step
+from protos.address import parse_address
+from protos.t2i.v1 import image_generation_pb2 as pb
+from protos.t2i.v1 import image_generation_pb2_grpc as pb_grpc
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+DEFAULT_DEADLINE_S = 60.0
+CONNECT_S = 2.0
+MAX_PIXELS = 4096 * 4096
+_SERVICE = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_HEAD = struct.Struct(">8s8xII")
+_PUSHBACK = "grpc-retry-pushback-ms"
+_REFUSALS = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.OUT_OF_RANGE,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.ALREADY_EXISTS,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNAUTHENTICATED,
+    }
+)
+
+# Only UNAVAILABLE means "not begun"; gRPC itself never retries once anything was received, and the
+# deadline of a call covers all its attempts. Throttling keeps a dead server from being asked often.
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{"service": _SERVICE}],
+            "retryPolicy": {
+                "maxAttempts": 3,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    "retryThrottling": {"maxTokens": 10, "tokenRatio": 1},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CloudModel:
+    """A model of the cloud: its defaults and limits; sizes in pixels."""
+
+    name: str
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    min_size: int
+    max_size: int
+    size_multiple: int
+    max_steps: int
+    max_guidance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a cloud server can draw."""
+
+    models: tuple[CloudModel, ...]
+    max_prompt_bytes: int
+    version: str
+
+
+class CloudClient:
+    """Draws on the server at `address` (HOST:PORT). Safe to share between threads; `close` it.
+
+    Making one opens no socket. Raises ConfigError if the address is malformed.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        connect_s: float = CONNECT_S,
+    ) -> None:
+        try:
+            parsed = parse_address(address)
+        except ValueError as error:
+            raise ConfigError(f"cloud {error}") from error
+        self.address = str(parsed)
+        self._max_message_bytes = max_message_bytes
+        self._channel = grpc.insecure_channel(
+            self.address,
+            options=[
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+                ("grpc.enable_retries", 1),
+                # How long one attempt to connect may take, despite the name; 20 s by default.
+                ("grpc.min_reconnect_backoff_ms", round(1000 * connect_s)),
+                ("grpc.initial_reconnect_backoff_ms", 200),
+                ("grpc.max_reconnect_backoff_ms", 1000),
+                # Notices a server that vanished without a word in the middle of a picture.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.enable_http_proxy", 0 if parsed.loopback else 1),
+            ],
+        )
+        self._stub = pb_grpc.ImageGenerationStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> CloudClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls under way end as Unreachable."""
+        self._channel.close()
+
+    def generate(
+        self,
+        request: Request,
+        *,
+        request_id: str,
+        seed: int,
+        deadline_s: float | None = None,
+        on_event: OnEvent | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> Picture:
+        """Draw `request` with `seed`, in at most `deadline_s` (default 60) including connecting.
+
+        `on_event` gets Queued and Step as they come. Raises Unreachable, Refused, DeadlineExceeded,
+        Misbehaved; Cancelled within a moment of `cancellation`. Asking again with the same
+        `request_id` does not draw twice.
+        """
+        begun = time.monotonic()
+        limit_s = DEFAULT_DEADLINE_S if deadline_s is None else deadline_s
+        call = self._stub.Generate(_message(request, request_id, seed), timeout=max(limit_s, 0.0))
+        if cancellation is not None:
+            cancellation.on_cancel(call.cancel)
+        try:
+            with self._errors(limit_s):
+                answer = _follow(call, on_event)
+        except CloudError:
+            if cancellation is not None and cancellation.cancelled:
+                raise Cancelled("the picture was cancelled") from None
+            raise
+        finally:
+            call.cancel()  # no effect on a call that is over
+        if answer is None:
+            raise Misbehaved(f"the server at {self.address} ended its answer without a picture")
+        image = self._decode(answer, request, seed)
+        return Picture(
+            image=image,
+            model=answer.model,
+            seed=seed,
+            width=image.width,
+            height=image.height,
+            steps=answer.steps,
+            guidance=answer.guidance,
+            timings_ms={**answer.timings_ms, "total": 1000 * (time.monotonic() - begun)},
+        )
+
+    def healthy(self, timeout_s: float = CONNECT_S) -> bool:
+        """Whether the server says, within `timeout_s`, that it serves pictures now."""
+        request = health_pb2.HealthCheckRequest(service=_SERVICE)
+        try:
+            answer = self._health.Check(request, timeout=timeout_s)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def capabilities(self, timeout_s: float = CONNECT_S) -> Capabilities:
+        """Ask what the server can draw. Raises as `generate` does."""
+        with self._errors(timeout_s):
+            answer = self._stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=timeout_s)
+        models = tuple(
+            CloudModel(
+                name=model.name,
+                width=model.default_width,
+                height=model.default_height,
+                steps=model.default_steps,
+                guidance=model.default_guidance,
+                min_size=model.min_size,
+                max_size=model.max_size,
+                size_multiple=model.size_multiple,
+                max_steps=model.max_steps,
+                max_guidance=model.max_guidance,
+            )
+            for model in answer.models
+        )
+        return Capabilities(models, answer.max_prompt_bytes, answer.version)
+
+    @contextmanager
+    def _errors(self, limit_s: float) -> Iterator[None]:
+        """Turn what gRPC raises into the error of ours that says the same."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise self._mapped(error, limit_s) from error
+
+    def _mapped(self, error: grpc.RpcError, limit_s: float) -> CloudError:
+        code, said = error.code(), _printable(error.details() or "no reason given")
+        pushback = dict(error.trailing_metadata() or ()).get(_PUSHBACK)
+        where = f"the cloud at {self.address}"
+        status = grpc.StatusCode
+        if code is status.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(
+                f"{where} had no picture within {limit_s:g} s ({said});"
+                " raise --deadline or use --route edge"
+            )
+        if code is status.RESOURCE_EXHAUSTED and "larger than max" in said:
+            return Misbehaved(
+                f"{where} sent a message over {self._max_message_bytes} bytes ({said});"
+                " ask for a smaller picture"
+            )
+        # A server that tells when to come back is there; a broken connection tells nothing.
+        if code in _REFUSALS or (code is status.UNAVAILABLE and pushback is not None):
+            return Refused(f"{where} refused: {said}", _retry_after_s(pushback))
+        if code in (status.UNAVAILABLE, status.CANCELLED):
+            return Unreachable(
+                f"{where} cannot be reached ({said}); check that a cloud-server runs there"
+            )
+        return Misbehaved(f"{where} failed with {code.name}: {said}; see the server's log")
+
+    def _decode(self, answer: pb.Image, request: Request, seed: int) -> Image.Image:
+        """Return the picture in `answer` if it is a PNG of the size and seed asked for."""
+        where, data = f"the cloud at {self.address}", answer.data
+        stated = (answer.width, answer.height)
+        asked = (request.width or answer.width, request.height or answer.height)
+        if stated != asked or answer.seed != seed:
+            raise Misbehaved(
+                f"{where} drew {stated[0]}x{stated[1]} with seed {answer.seed}"
+                f" and not {asked[0]}x{asked[1]} with seed {seed}"
+            )
+        # Sizes are read from the header before anything is unpacked to them.
+        if len(data) < _PNG_HEAD.size or data[:8] != _PNG_SIGNATURE:
+            raise Misbehaved(f"{where} answered with {len(data)} bytes that are not a PNG")
+        real: tuple[int, int] = _PNG_HEAD.unpack_from(data)[1:]
+        if real != stated or real[0] * real[1] > MAX_PIXELS:
+            raise Misbehaved(
+                f"{where} sent {real[0]}x{real[1]} pixels and announced {stated[0]}x{stated[1]};"
+                f" at most {MAX_PIXELS} pixels are read"
+            )
+        try:
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
+                opened.verify()  # checksums; leaves the image unusable
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
+                return opened.convert("RGB")
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise Misbehaved(f"{where} answered with a damaged PNG: {error}") from error
+
+
+def _message(request: Request, request_id: str, seed: int) -> pb.GenerateRequest:
+    try:
+        # None leaves a field absent: the model's default.
+        return pb.GenerateRequest(
+            request_id=request_id,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=seed,
+            width=request.width,
+            height=request.height,
+            steps=request.steps,
+            guidance=request.guidance,
+            format=pb.IMAGE_FORMAT_PNG,
+        )
+    except ValueError as error:  # such as a width of 2**32 or half a surrogate pair
+        raise ConfigError(f"the request cannot be sent: {error}; choose another value") from error
+
+
+def _follow(call: Iterable[pb.GenerateEvent], on_event: OnEvent | None) -> pb.Image | None:
+    image = None
+    for event in call:
+        kind = event.WhichOneof("event")
+        if kind == "image":
+            image = event.image
+        elif on_event is not None and kind == "queued":
+            on_event(Queued(event.queued.position))
+        elif on_event is not None and kind == "step":
+            on_event(Step(event.step.index, event.step.total))
+    return image
+
+
+def _retry_after_s(pushback: str | bytes | None) -> float | None:
+    try:
+        milliseconds = int(pushback or -1)
+    except ValueError:
+        return None
+    return milliseconds / 1000 if milliseconds >= 0 else None
+
+
+def _printable(text: str) -> str:
+    """Make a stranger's words fit for a terminal and one sentence."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)[:300]

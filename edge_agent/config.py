@@ -1,0 +1,251 @@
+"""Effective settings: flag, then EDGE_AGENT_* variable, then config.toml, then default.
+
+Every value is parsed here, whichever of the four it came from, and an error names the value and
+where it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+from edge_agent.errors import ConfigError
+from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, MAX_STEPS
+from edge_agent.types import Request, Route
+
+ENV_PREFIX = "EDGE_AGENT_"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Option(Generic[T]):
+    """One setting: how it is read and shown. `expected` completes the sentence "choose ..."."""
+
+    parse: Callable[[str], T]
+    default: T
+    expected: str
+    help: str
+    metavar: str = ""
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether this is on or off, and so takes no value on the command line."""
+        return isinstance(self.default, bool)
+
+
+def _switch(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "on": True}
+    words |= {"false": False, "0": False, "no": False, "off": False}
+    return words[text.lower()]
+
+
+def _between(kind: Callable[[str], T], low: float, high: float = math.inf) -> Callable[[str], T]:
+    def parse(text: str) -> T:
+        value = kind(text)
+        if not low <= cast(float, value) <= high or cast(float, value) == math.inf:
+            raise ValueError(text)
+        return value
+
+    return parse
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.lower().split("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(text)
+    return int(width), int(height)
+
+
+def _address(text: str) -> str:
+    from protos.address import parse_address
+
+    return str(parse_address(text))
+
+
+OPTIONS: dict[str, Option[Any]] = {
+    "bundle": Option(Path, None, "a folder", "The bundle that `python -m export` wrote.", "FOLDER"),
+    "share": Option(
+        _between(float, 0, 1),
+        None,
+        "a number from 0 to 1",
+        "Share of prompts that may go to the cloud.",
+        "0..1",
+    ),
+    "offline": Option(_switch, False, "true or false", "Open no connection at all."),
+    "cloud": Option(
+        _address, None, "HOST:PORT, such as 127.0.0.1:50051", "Address of the cloud.", "HOST:PORT"
+    ),
+    "route": Option(
+        Route, Route.AUTO, "auto, edge or cloud", "Where to draw: auto, edge or cloud.", "SIDE"
+    ),
+    "deadline": Option(
+        _positive,
+        DEFAULT_DEADLINE_S,
+        "a number of seconds above 0",
+        "How long to wait for the cloud before drawing here.",
+        "SECONDS",
+    ),
+    "private": Option(_switch, False, "true or false", "Keep the prompt on this device."),
+    "seed": Option(
+        _between(int, 0, MAX_SEED),
+        None,
+        f"a whole number from 0 to {MAX_SEED}",
+        "Draw the same picture again.",
+        "NUMBER",
+    ),
+    "size": Option(
+        _size, None, "WIDTHxHEIGHT in pixels, such as 128x128", "Size of the picture.", "WxH"
+    ),
+    "steps": Option(
+        _between(int, 1, MAX_STEPS),
+        None,
+        f"a whole number from 1 to {MAX_STEPS}",
+        "Denoising steps.",
+        "NUMBER",
+    ),
+    "guidance": Option(
+        _between(float, 0),
+        None,
+        "a number from 0 up",
+        "How strongly the prompt guides; 1 or less: not at all beyond the model.",
+        "NUMBER",
+    ),
+    "negative_prompt": Option(str, "", "text", "What the picture should not show.", "TEXT"),
+    "output": Option(
+        Path, None, "a .png file or a folder", "The picture's file, or a folder for it.", "FILE"
+    ),
+    "threads": Option(
+        _between(int, 1, 1024),
+        None,
+        "a whole number from 1 to 1024",
+        "Threads per network; by default one per processor.",
+        "NUMBER",
+    ),
+    "json": Option(_switch, False, "true or false", "Print JSON, one object a line."),
+    "quiet": Option(_switch, False, "true or false", "Print no progress and no notes."),
+    "debug": Option(_switch, False, "true or false", "Show the traceback of an error."),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Effective values, and for each where it came from."""
+
+    bundle: Path
+    share: float | None
+    offline: bool
+    cloud: str | None
+    route: Route
+    deadline: float
+    private: bool
+    seed: int | None
+    size: tuple[int, int] | None
+    steps: int | None
+    guidance: float | None
+    negative_prompt: str
+    output: Path | None
+    threads: int | None
+    json: bool
+    quiet: bool
+    debug: bool
+    sources: Mapping[str, str]
+
+    def request(self, prompt: str) -> Request:
+        """Return the request that these settings make of a prompt."""
+        width, height = self.size or (None, None)
+        return Request(
+            prompt=prompt,
+            seed=self.seed,
+            width=width,
+            height=height,
+            steps=self.steps,
+            guidance=self.guidance,
+            negative_prompt=self.negative_prompt,
+            route=self.route,
+            deadline_s=self.deadline,
+            private=self.private,
+        )
+
+
+def config_path() -> Path:
+    """Return where the owner's config.toml is looked for."""
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir("routet2i-edge")) / "config.toml"
+
+
+def resolve(
+    flags: Mapping[str, str | bool | None],
+    env: Mapping[str, str],
+    config_file: Path | None = None,
+) -> Settings:
+    """Merge flags (raw, by option name), environment, config file and defaults.
+
+    Raises ConfigError naming the bad value and its source.
+    """
+    config_file = config_file or config_path()
+    from_file = _read_config(config_file)
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for name, option in OPTIONS.items():
+        variable = ENV_PREFIX + name.upper()
+        flag = flags.get(name)
+        if flag is not None:
+            raw, source = flag, "--" + name.replace("_", "-")
+        elif env.get(variable):
+            raw, source = env[variable], variable
+        elif name in from_file:
+            raw, source = from_file[name], f"{name} in {config_file}"
+        else:
+            values[name], sources[name] = option.default, "default"
+            continue
+        values[name], sources[name] = _parse(option, raw, source), source
+    if values["bundle"] is None:
+        from edge_agent.bundle import default_path
+
+        values["bundle"] = default_path()
+    return Settings(**values, sources=sources)
+
+
+def _parse(option: Option[T], raw: object, source: str) -> T:
+    # TOML's own true, 5 and 0.3 read like the same words on the command line.
+    text = str(raw).lower() if isinstance(raw, bool) else str(raw)
+    try:
+        if not isinstance(raw, (str, bool, int, float)):
+            raise ValueError(text)
+        return option.parse(text)
+    except (ValueError, KeyError, OverflowError) as err:
+        raise ConfigError(f"{source} is {text!r}; choose {option.expected}") from err
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        raw = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as err:
+        raise ConfigError(f"cannot read {file} ({err.strerror}); check its owner") from err
+    import tomllib
+
+    try:
+        content = tomllib.loads(raw.decode())
+    except ValueError as err:
+        raise ConfigError(f"{file} is not valid TOML ({err}); correct it there") from err
+    for key in content:
+        if key not in OPTIONS:
+            import difflib
+
+            near = difflib.get_close_matches(key, OPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(OPTIONS)}"
+            raise ConfigError(f"{file} sets {key!r}, which is no setting; {hint}")
+    return content

@@ -1,0 +1,1 @@
+"""Drawing on the device: samplers in numpy and the loop from a prompt to a picture."""

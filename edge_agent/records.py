@@ -1,0 +1,82 @@
+"""Decisions and results as JSON objects: for `--json`, the demo's report and a picture's record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_agent.types import Decision, Result
+
+
+def decision_to_json(
+    prompt: str, decision: Decision, timings_ms: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return a decision as `edge-agent route --json` prints it."""
+    return {
+        "prompt": prompt,
+        **_decision(decision),
+        "timings_ms": _rounded(timings_ms, 3),
+    }
+
+
+def result_to_json(result: Result, file: Path | None = None) -> dict[str, Any]:
+    """Return a result, with the path of its picture, as `edge-agent generate --json` prints it."""
+    picture = result.picture
+    return {
+        "request_id": result.request_id,
+        "file": None if file is None else str(file),
+        **_settings(result),
+        "decision": _decision(result.decision),
+        "drawn_on": result.drawn_on.value,
+        "fallback_from": None if result.fallback_from is None else result.fallback_from.value,
+        "fallback_reason": result.fallback_reason,
+        "models": dict(result.models),
+        "timings_ms": _rounded(result.timings_ms, 3),
+        "drawing_ms": _rounded(picture.timings_ms, 3),
+    }
+
+
+def png_record(result: Result) -> dict[str, Any]:
+    """Return what a picture says of itself.
+
+    Times and request ids are left out, so that one request drawn twice gives equal files.
+    """
+    return {
+        "software": "routet2i-edge",
+        **_settings(result),
+        "decision": _decision(result.decision),
+        "drawn_on": result.drawn_on.value,
+        "fallback_from": None if result.fallback_from is None else result.fallback_from.value,
+        "models": dict(result.models),
+    }
+
+
+def _settings(result: Result) -> dict[str, Any]:
+    picture = result.picture
+    return {
+        "prompt": result.prompt,
+        "negative_prompt": result.negative_prompt,
+        "seed": picture.seed,
+        "width": picture.width,
+        "height": picture.height,
+        "steps": picture.steps,
+        "guidance": picture.guidance,
+        "model": picture.model,
+    }
+
+
+def _decision(decision: Decision) -> dict[str, Any]:
+    return {
+        "route": decision.route.value,
+        "prs": round(decision.prs, 6),
+        "score": round(decision.score, 6),
+        "threshold": round(decision.threshold, 6),
+        "share": decision.share,
+        "reason": decision.reason,
+        "metrics": _rounded(decision.metrics, 6),
+    }
+
+
+def _rounded(values: Mapping[str, float], digits: int) -> dict[str, float]:
+    return {name: round(value, digits) for name, value in values.items()}

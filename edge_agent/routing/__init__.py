@@ -1,0 +1,1 @@
+"""Where a prompt is drawn: text encoder, quality predictor, superiority and threshold."""

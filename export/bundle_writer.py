@@ -1,0 +1,194 @@
+"""Write a bundle so that it is there whole or not at all, and unchanged parts are not made again.
+
+Everything is written to `<out>.partial`, which a killed export leaves for the next one to go on
+from, and renamed at the end; until then an earlier bundle stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edge_agent.bundle import MANIFEST, Component, FileRecord, Parity, open_bundle
+from export.errors import ExportError
+from export.sources import file_sha256
+
+DONE = "components.json"  # in the partial folder: which components are finished
+MODEL = "model.onnx"
+COMPONENTS = ("text_encoder", "text_encoder_diffusion", "predictor", "unet", "vae_decoder")
+TOKENIZERS = ("tokenizer.json", "tokenizer_diffusion.json")
+OURS = {MANIFEST, DONE, *COMPONENTS, *TOKENIZERS}
+
+
+class BundleWriter:
+    """A bundle in the making; `fresh` forgets earlier and half-finished ones.
+
+    Raises ExportError when `out` holds anything that is not a bundle's, OSError when it cannot
+    be written.
+    """
+
+    def __init__(self, out: Path, *, fresh: bool = False) -> None:
+        self.out = out.expanduser().resolve()
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self._old = self.out.with_name(self.out.name + ".old")
+        if self._old.exists() and not self.out.exists():  # killed between the two renames
+            self._old.rename(self.out)
+        _refuse_foreign(self.out)
+        if fresh:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        earlier = {} if fresh else _read_components(self.out / MANIFEST, "components")
+        self._earlier = {name: (self.out, component) for name, component in earlier.items()}
+        self._done = _read_components(self.partial / DONE, None)
+        self._earlier |= {name: (self.partial, each) for name, each in self._done.items()}
+
+    def keep(self, name: str, source: str) -> Component | None:
+        """Take over a component that was made from the same source before and is undamaged."""
+        if name not in self._earlier:
+            return None
+        folder, component = self._earlier[name]
+        if component.source != source or not _is_intact(folder, component):
+            return None
+        if folder != self.partial:
+            shutil.rmtree(self.partial / name, ignore_errors=True)
+            for relative in component.files:
+                _link(folder / relative, self.partial / relative)
+            self._record(component)
+        return component
+
+    def workspace(self, name: str) -> Path:
+        """Return an empty folder for files on the way to component `name`."""
+        folder = self.partial / f"{name}.work"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def add(
+        self,
+        name: str,
+        finished: Path,
+        *,
+        opset: int,
+        precision: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        parity: Parity,
+        source: str,
+    ) -> Component:
+        """Make the folder `finished`, inside the workspace, component `name`, and record it."""
+        target = self.partial / name
+        shutil.rmtree(target, ignore_errors=True)
+        finished.rename(target)
+        shutil.rmtree(self.partial / f"{name}.work")
+        files = {f"{name}/{file.name}": _record_of(file) for file in sorted(target.iterdir())}
+        component = Component(
+            name=name,
+            file=f"{name}/{MODEL}",
+            files=files,
+            opset=opset,
+            precision=precision,
+            inputs=tuple(inputs),
+            outputs=tuple(outputs),
+            parity=parity,
+            source=source,
+            optimized=True,
+        )
+        self._record(component)
+        return component
+
+    def add_file(self, name: str, text: str) -> FileRecord:
+        """Write a small text file of the bundle and return its record."""
+        _write(self.partial / name, text)
+        return _record_of(self.partial / name)
+
+    def finish(self, components: Sequence[Component], manifest: Mapping[str, Any]) -> Path:
+        """Write the manifest last, open the result as the device does, and put it in place."""
+        wanted = {component.name for component in components}
+        for stray in self.partial.iterdir():
+            if stray.is_dir() and stray.name not in wanted:
+                shutil.rmtree(stray)
+        written = {component.name: _to_json(component) for component in components}
+        _write(self.partial / MANIFEST, _dump({**manifest, "components": written}))
+        open_bundle(self.partial)
+        if self.out.exists():
+            shutil.rmtree(self._old, ignore_errors=True)
+            self.out.rename(self._old)
+        self.partial.rename(self.out)
+        (self.out / DONE).unlink()
+        shutil.rmtree(self._old, ignore_errors=True)
+        return self.out
+
+    def _record(self, component: Component) -> None:
+        self._done[component.name] = component
+        _write(self.partial / DONE, _dump({name: _to_json(c) for name, c in self._done.items()}))
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"the output '{out}' is a file; pass a folder with -o")
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in OURS) if out.exists() else []
+    if foreign:
+        raise ExportError(
+            f"the output folder '{out}' holds '{foreign[0]}', which is no part of a bundle, and "
+            "would be replaced; pass another folder with -o"
+        )
+
+
+def _read_components(file: Path, key: str | None) -> dict[str, Component]:
+    """Read what an earlier export recorded; a missing or damaged file means: make it again."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        entries = content[key] if key else content
+        return {name: _from_json(name, entry) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _to_json(component: Component) -> dict[str, Any]:
+    entry = asdict(component)
+    del entry["name"]
+    return entry
+
+
+def _from_json(name: str, entry: Mapping[str, Any]) -> Component:
+    known = {
+        "files": {path: FileRecord(**record) for path, record in entry["files"].items()},
+        "inputs": tuple(entry["inputs"]),
+        "outputs": tuple(entry["outputs"]),
+        "parity": Parity(**entry["parity"]),
+    }
+    return Component(name=name, **{**entry, **known})
+
+
+def _is_intact(folder: Path, component: Component) -> bool:
+    try:
+        return all(_record_of(folder / path) == record for path, record in component.files.items())
+    except OSError:
+        return False
+
+
+def _record_of(file: Path) -> FileRecord:
+    return FileRecord(file_sha256(file), file.stat().st_size)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _dump(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_name(file.name + ".writing")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)

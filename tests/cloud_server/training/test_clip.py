@@ -1,0 +1,103 @@
+"""The starter CLIP: open_clip's folder, transformers' twin, and what the committed weights know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cloud_server.starter import starter_folder
+from cloud_server.training.loop import Budget
+from cloud_server.training.starter import clip, scenes
+from cloud_server.training.starter.tokenizer import CONTEXT_LENGTH, encode, train_tokenizer
+
+PROMPTS = ["two red apples to the left of a cat and a house at night", "a dog", "a robot " * 30]
+
+needs_font = pytest.mark.skipif(
+    not any(path.exists() for path in scenes.FONT_PATHS),
+    reason="drawing scenes needs the Debian package fonts-noto-color-emoji",
+)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return starter_folder() / "clip"
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> clip.open_clip.CLIP:
+    return clip.load_clip(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder) -> clip.CLIPTokenizer:
+    return clip.CLIPTokenizer.from_pretrained(folder)
+
+
+def _states(model: clip.open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
+    """The text tower's hidden states after its last normalisation, (B, n, d)."""
+    states = model.token_embedding(tokens) + model.positional_embedding
+    return model.ln_final(model.transformer(states, attn_mask=model.attn_mask))
+
+
+@torch.inference_mode()
+def test_transformers_has_the_same_hidden_states_and_the_same_pooled_token(
+    folder, model, tokenizer, tmp_path
+):
+    clip.to_transformers(folder).save_pretrained(tmp_path)
+    twin = clip.CLIPTextModel.from_pretrained(tmp_path).eval()
+    tokens = encode(tokenizer, PROMPTS)
+    theirs = twin(tokens)
+    assert torch.allclose(theirs.last_hidden_state, _states(model, tokens), atol=1e-5)
+    pooled = theirs.pooler_output @ model.text_projection
+    assert torch.allclose(pooled, model.encode_text(tokens), atol=1e-4)
+
+
+@torch.inference_mode()
+def test_leaving_padding_out_changes_nothing(model, tokenizer):
+    tokens = encode(tokenizer, PROMPTS[:2])
+    assert torch.allclose(clip._encode_text(model, tokens), model.encode_text(tokens), atol=1e-4)
+
+
+def test_open_clip_opens_the_folder_with_its_tokenizer(folder, model):
+    name = f"local-dir:{folder.resolve()}"
+    theirs, preprocess = clip.open_clip.create_model_from_pretrained(name)
+    tokens = clip.open_clip.get_tokenizer(name)(PROMPTS)
+    assert tokens.shape == (len(PROMPTS), CONTEXT_LENGTH)
+    assert torch.equal(theirs.text_projection, model.text_projection)
+    assert preprocess is not None
+
+
+@needs_font
+def test_a_batch_depends_on_seed_and_step_alone():
+    first, again, other = (clip._batch(3, step) for step in (5, 5, 6))
+    assert (first[0] == again[0]).all()
+    assert first[1] == again[1]
+    assert torch.equal(first[2], again[2])
+    assert first[1] != other[1]
+    assert len(first[1]) == 2 * len(first[0])
+
+
+@needs_font
+def test_the_committed_weights_know_the_world(model, tokenizer):
+    report = clip.evaluate_clip(model, tokenizer, seed=11)
+    assert report["retrieval"] > FLOORS["retrieval"]  # of 256 captions; chance is 0.004
+    assert report["fooled"] < FLOORS["fooled"]  # by a caption with one thing wrong; chance is 0.5
+    assert report["auroc"] > FLOORS["auroc"]
+
+
+@needs_font
+@pytest.mark.slow
+def test_training_writes_a_folder_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(clip, "BATCH", 4)
+    out, work = tmp_path / "clip", tmp_path / "work"
+    train_tokenizer(out, seed=0)
+    for steps in (2, 3):
+        clip.train_clip(out, work, Budget(steps=steps), seed=0, device="cpu")
+    assert torch.load(work / "clip.pt", weights_only=True)["step"] == 3
+    both = clip.load_clip(out)
+    clip.train_picture_tower(out, work, Budget(steps=2), seed=0, device="cpu")
+    better = clip.load_clip(out)
+    assert torch.equal(both.token_embedding.weight, better.token_embedding.weight)
+    assert type(both.visual) is not type(better.visual)

@@ -1,0 +1,354 @@
+"""A real bundle of a few kilobytes: hand-made ONNX graphs and a small BPE tokenizer, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+WIDTH, CONTEXT, LATENTS, SCALE = 8, 16, 4, 8
+METRICS = ("Definition", "Sharpness", "Layout")
+ROOT = Path(__file__).parents[2]
+
+
+def tensor(name: str, values: Any, kind: type = np.float32) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(values, kind), name)
+
+
+def save(
+    file: Path,
+    nodes: list[onnx.NodeProto],
+    inputs: Mapping[str, tuple[int, list[Any]]],
+    outputs: Mapping[str, list[Any]],
+    constants: list[onnx.TensorProto],
+) -> Path:
+    """Write a graph; `inputs` maps a name to its type and shape, `outputs` are float32."""
+    graph = helper.make_graph(
+        nodes,
+        file.parent.name,
+        [helper.make_tensor_value_info(name, *spec) for name, spec in inputs.items()],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, str(file))
+    return file
+
+
+def text_encoder(file: Path, vocabulary: int) -> Path:
+    """Hidden states are one fixed vector a token; the pooled state is their mean."""
+    table = np.random.default_rng(1).standard_normal((vocabulary, WIDTH))
+    return save(
+        file,
+        [
+            helper.make_node("Gather", ["table", "input_ids"], ["hidden"]),
+            helper.make_node("ReduceMean", ["hidden", "axis"], ["pooled"], keepdims=0),
+        ],
+        {"input_ids": (TensorProto.INT64, ["batch", "tokens"])},
+        {"hidden": ["batch", "tokens", WIDTH], "pooled": ["batch", WIDTH]},
+        [tensor("table", table), tensor("axis", [1], np.int64)],
+    )
+
+
+def predictor(file: Path) -> Path:
+    """D falls with the number of tokens: short prompts belong to the edge, long to the cloud."""
+    return save(
+        file,
+        [
+            helper.make_node("ReduceSum", ["mask", "axis"], ["count"], keepdims=1),
+            helper.make_node("Mul", ["count", "slopes"], ["fall"]),
+            helper.make_node("ReduceMean", ["hidden", "both"], ["mean"], keepdims=0),
+            helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+            helper.make_node("Sub", ["starts", "fall"], ["raw"]),
+            helper.make_node("Add", ["raw", "nothing"], ["logit"]),
+            helper.make_node("Sigmoid", ["logit"], ["d"]),
+        ],
+        {
+            "hidden": (TensorProto.FLOAT, ["batch", "tokens", WIDTH]),
+            "mask": (TensorProto.FLOAT, ["batch", "tokens"]),
+        },
+        {"d": ["batch", len(METRICS)]},
+        [
+            tensor("axis", [1], np.int64),
+            tensor("both", [1, 2], np.int64),
+            tensor("zero", 0.0),
+            tensor("slopes", [[0.2, 0.3, 0.4]]),
+            tensor("starts", [[1.0, 1.0, 1.0]]),
+        ],
+    )
+
+
+def unet(file: Path, *, factor: float = 0.5, timestep_rank: int = 0) -> Path:
+    """Prediction is the sample scaled, shifted by the prompt and by the time."""
+    return save(
+        file,
+        [
+            helper.make_node("Cast", ["timestep"], ["time"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMean", ["time"], ["instant"], keepdims=0),
+            helper.make_node("Mul", ["instant", "tick"], ["late"]),
+            helper.make_node("ReduceMean", ["encoder_hidden_states", "axes"], ["said"], keepdims=0),
+            helper.make_node("Reshape", ["said", "column"], ["shift"]),
+            helper.make_node("Mul", ["sample", "factor"], ["scaled"]),
+            helper.make_node("Add", ["scaled", "shift"], ["shifted"]),
+            helper.make_node("Add", ["shifted", "late"], ["out_sample"]),
+        ],
+        {
+            "sample": (TensorProto.FLOAT, ["batch", LATENTS, "rows", "columns"]),
+            "timestep": (TensorProto.INT64, ["batch"] * timestep_rank),
+            "encoder_hidden_states": (TensorProto.FLOAT, ["batch", "tokens", WIDTH]),
+        },
+        {"out_sample": ["batch", LATENTS, "rows", "columns"]},
+        [
+            tensor("tick", 1e-4),
+            tensor("factor", factor),
+            tensor("axes", [1, 2], np.int64),
+            tensor("column", [-1, 1, 1, 1], np.int64),
+        ],
+    )
+
+
+def vae_decoder(file: Path) -> Path:
+    """Mixes the latent channels into colours and repeats each cell 8 x 8 times."""
+    mix = np.random.default_rng(2).standard_normal((3, LATENTS, 1, 1)) / LATENTS
+    return save(
+        file,
+        [
+            helper.make_node("Conv", ["latent_sample", "mix"], ["small"]),
+            helper.make_node(
+                "Resize",
+                ["small", "", "scales"],
+                ["sample"],
+                mode="nearest",
+                coordinate_transformation_mode="asymmetric",
+            ),
+        ],
+        {"latent_sample": (TensorProto.FLOAT, ["batch", LATENTS, "rows", "columns"])},
+        {"sample": ["batch", 3, "height", "width"]},
+        [tensor("mix", mix), tensor("scales", [1, 1, SCALE, SCALE])],
+    )
+
+
+def tokenizer(file: Path) -> int:
+    """Write a letter-level BPE tokenizer that knows a few words whole; return its size."""
+    import tokenizers
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'<>|-"
+    vocabulary = ["!", *sorted({*letters} - {"!"}), *(letter + "</w>" for letter in letters)]
+    merges: list[tuple[str, str]] = []
+    for word in ("cat", "dog", "red", "two", "and", "the"):
+        left, *rest = [*word[:-1], word[-1] + "</w>"]
+        for right in rest:
+            merges.append((left, right))
+            left += right
+            vocabulary.append(left)
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    ids = {token: index for index, token in enumerate(dict.fromkeys([*vocabulary, start, end]))}
+    bpe = tokenizers.models.BPE(ids, merges, unk_token=end, end_of_word_suffix="</w>")
+    made = tokenizers.Tokenizer(bpe)
+    made.normalizer = tokenizers.normalizers.Lowercase()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens([start, end])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, ids[start]), (end, ids[end])]
+    )
+    made.save(str(file))
+    return len(ids)
+
+
+def file_record(file: Path) -> dict[str, Any]:
+    data = file.read_bytes()
+    return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+
+
+def write_bundle(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    vocabulary = tokenizer(folder / "tokenizer.json")
+    files = {
+        name: build(folder / name / "model.onnx")
+        for name, build in {
+            "text_encoder": lambda file: text_encoder(file, vocabulary),
+            "predictor": predictor,
+            "unet": unet,
+            "vae_decoder": vae_decoder,
+        }.items()
+    }
+    manifest = {
+        "format": 1,
+        "created_by": "routet2i-edge 0.0.0",
+        "created_at": "2026-01-01T00:00:00+00:00",
+        "components": {name: component(folder, file) for name, file in files.items()},
+        "tokenizer": {
+            "file": "tokenizer.json",
+            **file_record(folder / "tokenizer.json"),
+            "context_length": CONTEXT,
+            "pad_id": 0,
+        },
+        "diffusion": {
+            "family": "stable-diffusion",
+            "model": "tiny",
+            "digest": "d" * 64,
+            "scheduler": {
+                "_class_name": "DPMSolverMultistepScheduler",
+                "beta_start": 0.00085,
+                "beta_end": 0.012,
+                "beta_schedule": "scaled_linear",
+                "prediction_type": "v_prediction",
+                "timestep_spacing": "trailing",
+            },
+            "latent_channels": LATENTS,
+            "vae_scale": SCALE,
+            "scaling_factor": 1.0,
+            "shift_factor": 0.0,
+            "width": 64,
+            "height": 64,
+            "steps": 4,
+            "guidance": 4.0,
+            "max_size": 128,
+            "text_encoder": "text_encoder",
+        },
+        "router": {
+            "metrics": [
+                {
+                    "name": name,
+                    "positive": "good",
+                    "negative": "bad",
+                    "weight": 1 / len(METRICS),
+                    "mu_edge": 0.4,
+                    "mu_cloud": 0.6,
+                }
+                for name in METRICS
+            ],
+            "gamma": 1.0,
+            "floor": 1e-3,
+            "score_digest": [float(value) for value in np.linspace(0.2, 0.8, 200)],
+            "default_share": 0.3,
+            "text_encoder": "text_encoder",
+            "predictor": "predictor",
+        },
+    }
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def component(folder: Path, file: Path) -> dict[str, Any]:
+    graph = onnx.load(str(file)).graph
+    return {
+        "file": file.relative_to(folder).as_posix(),
+        "files": {file.relative_to(folder).as_posix(): file_record(file)},
+        "opset": 18,
+        "precision": "fp32",
+        "inputs": [node.name for node in graph.input],
+        "outputs": [node.name for node in graph.output],
+        "parity": {"metric": "psnr_db", "value": 99.0, "gate": 35.0},
+        "source": "s" * 64,
+        "optimized": False,
+    }
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrite bundle.json after `change`, and the records of component files as they are now."""
+    file = folder / "bundle.json"
+    content = json.loads(file.read_text())
+    for part in content["components"].values():
+        part["files"] = {name: file_record(folder / name) for name in part["files"]}
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture
+def tiny_bundle(built_bundle: Path, tmp_path: Path) -> Path:
+    """The folder of a bundle that a test may damage."""
+    return Path(shutil.copytree(built_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def rewrite() -> Callable[[Path, Callable[[dict[str, Any]], None]], None]:
+    """Change a bundle's manifest and bring the digests of its files up to date."""
+    return edit_manifest
+
+
+@pytest.fixture
+def swap_unet() -> Callable[..., None]:
+    """Replace a bundle's UNet by another one of the same shape."""
+
+    def swap(folder: Path, **options: Any) -> None:
+        unet(folder / "unet" / "model.onnx", **options)
+        edit_manifest(folder, lambda _: None)
+
+    return swap
+
+
+@pytest.fixture
+def slow_unet() -> Callable[[Path], None]:
+    """Replace a bundle's UNet by one whose step takes hours."""
+
+    def swap(folder: Path) -> None:
+        body = helper.make_graph(
+            [
+                helper.make_node("Mul", ["before", "one"], ["after"]),
+                helper.make_node("Identity", ["go"], ["still"]),
+            ],
+            "body",
+            [
+                helper.make_tensor_value_info("i", TensorProto.INT64, []),
+                helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+                helper.make_tensor_value_info("before", TensorProto.FLOAT, None),
+            ],
+            [
+                helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+                helper.make_tensor_value_info("after", TensorProto.FLOAT, None),
+            ],
+        )
+        save(
+            folder / "unet" / "model.onnx",
+            [helper.make_node("Loop", ["hours", "yes", "sample"], ["out_sample"], body=body)],
+            {
+                "sample": (TensorProto.FLOAT, ["batch", LATENTS, "rows", "columns"]),
+                "timestep": (TensorProto.INT64, []),
+                "encoder_hidden_states": (TensorProto.FLOAT, ["batch", "tokens", WIDTH]),
+            },
+            {"out_sample": ["batch", LATENTS, "rows", "columns"]},
+            [tensor("one", 1.0), tensor("hours", 10**11, np.int64), tensor("yes", True, np.bool_)],
+        )
+        edit_manifest(folder, lambda _: None)
+
+    return swap
+
+
+@pytest.fixture
+def edge_agent_command(
+    tiny_bundle: Path, tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m edge_agent` in a process of its own, in `tmp_path`, with the tiny bundle."""
+
+    def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        env = os.environ | {"EDGE_AGENT_BUNDLE": str(tiny_bundle), "PYTHONPATH": str(ROOT)} | extra
+        return subprocess.run(
+            [sys.executable, "-m", "edge_agent", *arguments],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run

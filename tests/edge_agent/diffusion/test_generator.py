@@ -1,0 +1,119 @@
+"""Drawing on the device: reproducible, guided, stoppable, and refusing what it cannot draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.bundle import open_bundle
+from edge_agent.diffusion.generator import EdgeGenerator
+from edge_agent.errors import Cancelled, ConfigError, GenerationError
+from edge_agent.routing.encoder import TextEncoder, Tokenizer
+from edge_agent.runtime.session import Session
+from edge_agent.types import Cancellation, Event, Request, Step
+
+SwapUnet = Callable[..., None]
+
+
+def make_generator(folder: Path) -> EdgeGenerator:
+    bundle = open_bundle(folder)
+    files = bundle.tokenizer
+    tokenizer = Tokenizer(folder / files.file, files.context_length, files.pad_id)
+    return EdgeGenerator(
+        bundle.diffusion,
+        unet=Session(bundle.path_of("unet"), threads=1),
+        vae_decoder=Session(bundle.path_of("vae_decoder"), threads=1),
+        text_encoder=TextEncoder(Session(bundle.path_of("text_encoder"), threads=1), tokenizer),
+    )
+
+
+def pixels(generator: EdgeGenerator, request: Request, seed: int = 7) -> bytes:
+    return generator.generate(request, None, seed).image.tobytes()
+
+
+def test_equal_seeds_give_equal_pixels_and_others_do_not(tiny_bundle: Path) -> None:
+    first, second = make_generator(tiny_bundle), make_generator(tiny_bundle)
+    request = Request("a red cat")
+    assert pixels(first, request) == pixels(first, request) == pixels(second, request)
+    assert pixels(first, request, 8) != pixels(first, request, 7)
+
+
+def test_prompt_guidance_and_negative_prompt_all_matter(tiny_bundle: Path) -> None:
+    generator, request = make_generator(tiny_bundle), Request("a red cat")
+    drawn = {
+        pixels(generator, request),
+        pixels(generator, replace(request, prompt="two dogs")),
+        pixels(generator, replace(request, guidance=1.0)),
+        pixels(generator, replace(request, negative_prompt="the dog")),
+        pixels(generator, replace(request, steps=3)),
+    }
+    assert len(drawn) == 5
+
+
+def test_the_picture_reports_what_it_was_drawn_with(tiny_bundle: Path) -> None:
+    generator = make_generator(tiny_bundle)
+    picture = generator.generate(Request("a cat", width=128, height=32, steps=2), None, 5)
+    assert picture.image.size == (picture.width, picture.height) == (128, 32)
+    assert (picture.model, picture.seed, picture.steps, picture.guidance) == ("tiny", 5, 2, 4.0)
+    assert set(picture.timings_ms) == {"condition", "denoise", "decode"}
+
+
+def test_every_step_is_told(tiny_bundle: Path) -> None:
+    events: list[Event] = []
+    make_generator(tiny_bundle).generate(Request("a cat"), None, 1, events.append)
+    assert events == [Step(1, 4), Step(2, 4), Step(3, 4), Step(4, 4)]
+
+
+def test_cancelling_stops_before_the_next_step(tiny_bundle: Path) -> None:
+    cancellation, events = Cancellation(), []
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        cancellation.cancel()
+
+    generator = make_generator(tiny_bundle)
+    with pytest.raises(Cancelled):
+        generator.generate(Request("a cat"), None, 1, on_event, cancellation)
+    assert events == [Step(1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [
+        (65, 64, "width 65 is not a multiple of 8; choose for example 64"),
+        (64, 3, "height 3 is not a multiple of 8; choose for example 8"),
+        (1001, 64, "width 1001 is not a multiple of 8; choose for example 128"),
+        (64, 136, "height 136 is over the limit of the edge model; choose 8 to 128"),
+    ],
+)
+def test_a_size_that_cannot_be_drawn_is_named(
+    tiny_bundle: Path, width: int, height: int, message: str
+) -> None:
+    request = Request("a cat", width=width, height=height)
+    with pytest.raises(ConfigError, match=message):
+        make_generator(tiny_bundle).generate(request, None, 1)
+
+
+def test_latents_that_are_no_numbers_are_an_error_not_a_black_picture(
+    tiny_bundle: Path, swap_unet: SwapUnet
+) -> None:
+    swap_unet(tiny_bundle, factor=float("inf"))
+    with pytest.raises(GenerationError, match=r"step 1 of 4.*lower --guidance than 4"):
+        make_generator(tiny_bundle).generate(Request("a cat"), None, 1)
+
+
+def test_a_timestep_per_picture_draws_the_same_as_a_scalar_one(
+    tiny_bundle: Path, swap_unet: SwapUnet
+) -> None:
+    scalar = pixels(make_generator(tiny_bundle), Request("a cat"))
+    swap_unet(tiny_bundle, timestep_rank=1)
+    assert pixels(make_generator(tiny_bundle), Request("a cat")) == scalar
+
+
+def test_the_noise_of_a_seed_is_fixed_for_good() -> None:
+    noise = np.random.Generator(np.random.Philox(7)).standard_normal(3, np.float32)
+    np.testing.assert_array_equal(noise, np.array([0, 0, 0], np.float32))

@@ -1,0 +1,303 @@
+"""Where a request ends up: on the router's side, on the other, or in one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from edge_agent.agent import EdgeAgent, LazyCloud
+from edge_agent.bundle import open_bundle
+from edge_agent.errors import (
+    AgentError,
+    BundleError,
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    GenerationError,
+    Misbehaved,
+    Refused,
+    Unreachable,
+)
+from edge_agent.types import (
+    Cancellation,
+    Event,
+    Fallback,
+    OnEvent,
+    Picture,
+    Request,
+    Route,
+    Step,
+)
+
+EASY, HARD = "a cat", "two red cats and a dog and the house"
+SwapUnet = Callable[..., None]
+
+
+class Cloud:
+    """Answers with a picture, or with the error it was given; remembers what it was asked."""
+
+    def __init__(self, error: AgentError | None = None) -> None:
+        self.error = error
+        self.asked: list[dict[str, Any]] = []
+        self.closed = False
+
+    def generate(
+        self,
+        request: Request,
+        *,
+        request_id: str,
+        seed: int,
+        deadline_s: float,
+        on_event: OnEvent | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> Picture:
+        self.asked.append({"prompt": request.prompt, "seed": seed, "deadline_s": deadline_s})
+        if self.error is not None:
+            raise self.error
+        image = Image.new("RGB", (64, 64), "blue")
+        return Picture(image, "large", seed, 64, 64, 20, 7.5, {"total": 1.0})
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def make_agent(tiny_bundle: Path) -> Iterator[Callable[..., EdgeAgent]]:
+    made: list[EdgeAgent] = []
+
+    def make(**options: Any) -> EdgeAgent:
+        made.append(EdgeAgent(open_bundle(tiny_bundle), threads=1, **options))
+        return made[-1]
+
+    yield make
+    for agent in made:
+        agent.close()
+
+
+MakeAgent = Callable[..., EdgeAgent]
+
+
+def test_easy_prompts_are_drawn_here_and_hard_ones_in_the_cloud(make_agent: MakeAgent) -> None:
+    cloud = Cloud()
+    agent = make_agent(cloud=cloud)
+    easy, hard = agent.generate(Request(EASY)), agent.generate(Request(HARD, seed=3))
+    assert (easy.drawn_on, easy.picture.model) == (Route.EDGE, "tiny")
+    assert (hard.drawn_on, hard.picture.model) == (Route.CLOUD, "large")
+    assert [asked["prompt"] for asked in cloud.asked] == [HARD]
+    assert hard.models["cloud"] == "large"
+    assert hard.fallback_from is None
+
+
+def test_the_decision_is_the_same_with_and_without_drawing(make_agent: MakeAgent) -> None:
+    agent = make_agent(cloud=Cloud())
+    for prompt in (EASY, HARD):
+        decision = agent.route(prompt)
+        assert decision == agent.generate(Request(prompt)).decision
+        assert (decision.route is Route.CLOUD) == (decision.score > decision.threshold)
+
+
+def test_a_seed_is_drawn_and_reported_and_draws_the_same_again(make_agent: MakeAgent) -> None:
+    agent = make_agent()
+    first = agent.generate(Request(EASY))
+    again = agent.generate(Request(EASY, seed=first.picture.seed))
+    assert 0 <= first.picture.seed < 2**63
+    assert first.picture.image.tobytes() == again.picture.image.tobytes()
+    assert first.request_id != again.request_id
+
+
+def test_the_cloud_gets_the_seed_that_is_reported(make_agent: MakeAgent) -> None:
+    cloud = Cloud()
+    result = make_agent(cloud=cloud).generate(Request(HARD))
+    assert cloud.asked[0]["seed"] == result.picture.seed
+
+
+@pytest.mark.parametrize("route", [Route.AUTO, Route.CLOUD])
+@pytest.mark.parametrize(
+    "error",
+    [
+        Unreachable("nobody answers at host:1"),
+        Refused("busy", retry_after_s=2.0),
+        DeadlineExceeded("no picture within 3 s"),
+        Misbehaved("not a picture"),
+    ],
+)
+def test_a_cloud_without_a_picture_is_replaced_by_the_edge(
+    make_agent: MakeAgent, error: AgentError, route: Route
+) -> None:
+    events: list[Event] = []
+    agent = make_agent(cloud=Cloud(error))
+    result = agent.generate(Request(HARD, seed=3, route=route), events.append)
+    assert result.decision.route is Route.CLOUD
+    assert (result.drawn_on, result.fallback_from) == (Route.EDGE, Route.CLOUD)
+    assert result.fallback_reason == str(error)
+    assert events[0] == Fallback(Route.EDGE, str(error))
+    assert events[1] == Step(1, 4)
+    assert result.picture.seed == 3
+
+
+def test_without_a_cloud_a_hard_prompt_is_drawn_here_and_says_why(make_agent: MakeAgent) -> None:
+    result = make_agent().generate(Request(HARD))
+    assert (result.decision.route, result.drawn_on) == (Route.CLOUD, Route.EDGE)
+    assert result.fallback_reason == (
+        "no cloud is configured; give its address with --cloud HOST:PORT"
+    )
+
+
+def test_the_cloud_gets_what_is_left_of_the_deadline(tiny_bundle: Path) -> None:
+    now = iter([10.0, 10.5, 11.0, 11.0, 20.0])
+    cloud = Cloud()
+    agent = EdgeAgent(open_bundle(tiny_bundle), cloud=cloud, clock=lambda: next(now))
+    agent.generate(Request(HARD, deadline_s=3.0))
+    assert cloud.asked[0]["deadline_s"] == 2.0
+
+
+def test_a_deadline_that_has_passed_asks_no_cloud(tiny_bundle: Path) -> None:
+    clock = iter(range(0, 1000, 10))
+    cloud = Cloud()
+    agent = EdgeAgent(open_bundle(tiny_bundle), cloud=cloud, clock=lambda: float(next(clock)))
+    result = agent.generate(Request(HARD, deadline_s=3.0))
+    assert not cloud.asked
+    assert result.fallback_reason == "the deadline passed before the cloud could be asked"
+
+
+@pytest.mark.parametrize(
+    ("options", "request_", "reason"),
+    [
+        ({}, Request(HARD, route=Route.EDGE), "asked for edge"),
+        ({}, Request(HARD, private=True), "private: stays on this device"),
+        ({"offline": True}, Request(HARD), "offline: drawn on this device"),
+    ],
+)
+def test_edge_private_and_offline_never_build_a_cloud(
+    make_agent: MakeAgent, options: dict[str, Any], request_: Request, reason: str
+) -> None:
+    def build() -> Cloud:
+        raise AssertionError("a cloud was built")
+
+    result = make_agent(cloud=LazyCloud(build), **options).generate(request_)
+    assert (result.decision.route, result.drawn_on) == (Route.EDGE, Route.EDGE)
+    assert result.decision.reason == reason
+    assert result.decision.score > result.decision.threshold
+    assert result.fallback_from is None
+
+
+@pytest.mark.parametrize(
+    ("options", "private", "message"),
+    [
+        ({"cloud": Cloud()}, True, "contradicts a private request"),
+        ({"cloud": Cloud(), "offline": True}, False, "contradicts --offline"),
+        ({}, False, "no cloud is configured; give its address"),
+    ],
+)
+def test_a_route_to_the_cloud_that_is_not_allowed_is_a_usage_error(
+    make_agent: MakeAgent, options: dict[str, Any], private: bool, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_agent(**options).generate(Request(EASY, route=Route.CLOUD, private=private))
+
+
+def test_a_failing_edge_is_replaced_by_an_allowed_cloud(
+    make_agent: MakeAgent, tiny_bundle: Path, swap_unet: SwapUnet
+) -> None:
+    swap_unet(tiny_bundle, factor=float("inf"))
+    result = make_agent(cloud=Cloud()).generate(Request(EASY))
+    assert (result.drawn_on, result.fallback_from) == (Route.CLOUD, Route.EDGE)
+    assert result.fallback_reason is not None
+    assert "no longer finite" in result.fallback_reason
+
+
+@pytest.mark.parametrize(
+    ("options", "request_"),
+    [
+        ({}, Request(EASY)),
+        ({"cloud": Cloud()}, Request(EASY, route=Route.EDGE)),
+        ({"cloud": Cloud()}, Request(EASY, private=True)),
+        ({"cloud": Cloud(), "offline": True}, Request(EASY)),
+    ],
+)
+def test_a_failing_edge_without_an_allowed_cloud_is_one_error(
+    make_agent: MakeAgent,
+    tiny_bundle: Path,
+    swap_unet: SwapUnet,
+    options: dict[str, Any],
+    request_: Request,
+) -> None:
+    swap_unet(tiny_bundle, factor=float("inf"))
+    with pytest.raises(GenerationError, match=r"^drawing broke down"):
+        make_agent(**options).generate(request_)
+    if "cloud" in options:
+        assert not options["cloud"].asked
+
+
+def test_both_sides_failing_is_one_error_with_both_reasons(
+    make_agent: MakeAgent, tiny_bundle: Path, swap_unet: SwapUnet
+) -> None:
+    swap_unet(tiny_bundle, factor=float("inf"))
+    with pytest.raises(
+        GenerationError, match="neither side could draw: cloud: gone; edge: drawing"
+    ):
+        make_agent(cloud=Cloud(Unreachable("gone"))).generate(Request(HARD))
+
+
+def test_a_network_that_does_not_load_counts_as_a_failing_edge(
+    make_agent: MakeAgent, tiny_bundle: Path
+) -> None:
+    agent = make_agent(cloud=Cloud())
+    (tiny_bundle / "unet" / "model.onnx").write_bytes(b"damaged while running")
+    assert agent.generate(Request(EASY)).drawn_on is Route.CLOUD
+    with pytest.raises(BundleError, match="cannot load"):
+        agent.generate(Request(EASY, route=Route.EDGE))
+
+
+def test_cancelling_is_never_taken_for_a_failure(make_agent: MakeAgent) -> None:
+    cancellation = Cancellation()
+    cancellation.cancel()
+    with pytest.raises(Cancelled):
+        make_agent(cloud=Cloud()).generate(Request(EASY), cancellation=cancellation)
+    with pytest.raises(Cancelled):
+        make_agent(cloud=Cloud(Cancelled("stopped"))).generate(Request(HARD))
+
+
+def test_deciding_opens_only_the_networks_that_decide(make_agent: MakeAgent) -> None:
+    agent = make_agent()
+    agent.route(EASY)
+    assert set(agent.providers) == {"text_encoder", "predictor"}
+
+
+def test_a_share_of_zero_keeps_everything_here(make_agent: MakeAgent) -> None:
+    assert make_agent(share=0.0).route(HARD).route is Route.EDGE
+
+
+def test_literal_control_tokens_are_plain_text(make_agent: MakeAgent) -> None:
+    agent = make_agent()
+    assert agent.route("a cat <|endoftext|> two dogs").score > agent.route("a cat").score
+
+
+def test_a_model_with_its_own_text_encoder_is_conditioned_by_that(
+    make_agent: MakeAgent,
+    tiny_bundle: Path,
+    rewrite: Callable[[Path, Callable[[dict[str, Any]], None]], None],
+) -> None:
+    shared = make_agent().generate(Request(EASY, seed=1)).picture.image.tobytes()
+
+    def change(content: dict[str, Any]) -> None:
+        own = dict(content["components"]["text_encoder"])
+        content["components"]["text_encoder_diffusion"] = own
+        content["tokenizer_diffusion"] = content["tokenizer"]
+        content["diffusion"]["text_encoder"] = "text_encoder_diffusion"
+
+    rewrite(tiny_bundle, change)
+    agent = make_agent()
+    assert agent.generate(Request(EASY, seed=1)).picture.image.tobytes() == shared
+    assert "text_encoder_diffusion" in agent.providers
+
+
+def test_closing_the_agent_closes_the_cloud(make_agent: MakeAgent) -> None:
+    cloud = Cloud()
+    with make_agent(cloud=cloud):
+        pass
+    assert cloud.closed

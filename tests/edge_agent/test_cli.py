@@ -1,0 +1,272 @@
+"""The command as a person meets it: processes of their own, their output and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edge_agent.gallery.png import read_record
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+ROOT = Path(__file__).parents[2]
+HARD = "two red cats and a dog and the house"
+# Any attempt to reach the network ends the process, whoever makes it.
+GUARD = """
+import os, sys
+def guard(event, arguments):
+    if event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto"):
+        os.write(2, f"SOCKET: {event} {arguments}".encode())
+        os._exit(99)
+sys.addaudithook(guard)
+"""
+
+
+def guarded(program: str, bundle: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"EDGE_AGENT_BUNDLE": str(bundle), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", GUARD + program],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_route_prints_one_json_object_a_line(edge_agent_command: Command) -> None:
+    done = edge_agent_command("route", "--json", "a cat", HARD)
+    easy, hard = map(json.loads, done.stdout.splitlines())
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert list(easy) == [
+        "prompt", "route", "prs", "score", "threshold", "share", "reason", "metrics", "timings_ms",
+    ]  # fmt: skip
+    assert (easy["route"], hard["route"]) == ("edge", "cloud")
+    assert set(hard["metrics"]) == {"Definition", "Sharpness", "Layout"}
+    assert set(hard["timings_ms"]) == {"open", "decide"}
+
+
+def test_route_reads_prompts_from_a_file_and_from_stdin(
+    edge_agent_command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text(f"a cat\n\n{HARD}\n")
+    done = edge_agent_command("route", "--file", "prompts.txt", "--quiet", "the dog")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["edge", "edge", "cloud"]
+    assert done.stderr == ""
+
+
+def test_route_loads_neither_torch_nor_grpc_nor_transformers_nor_pillow(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    program = """
+from edge_agent.cli import run
+code = run(["route", "a cat"], os.environ)
+heavy = {"torch", "grpc", "transformers", "diffusers", "PIL", "huggingface_hub", "tqdm", "protos"}
+print(code, sorted(heavy & set(sys.modules)))
+"""
+    done = guarded(program, tiny_bundle, tmp_path)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+
+
+def test_importing_the_package_loads_nothing_heavy(tiny_bundle: Path, tmp_path: Path) -> None:
+    program = """
+import edge_agent
+print(sorted({"numpy", "onnxruntime", "click", "grpc", "PIL"} & set(sys.modules)))
+assert edge_agent.__all__ == sorted(edge_agent.__all__, key=str.swapcase)
+assert all(getattr(edge_agent, name) for name in edge_agent.__all__)
+"""
+    done = guarded(program, tiny_bundle, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+@pytest.mark.parametrize("flags", ['"--offline"', '"--private"', '"--route", "edge"'])
+def test_offline_private_and_edge_open_no_socket(
+    tiny_bundle: Path, tmp_path: Path, flags: str
+) -> None:
+    program = f"""
+from edge_agent.cli import run
+code = run(["generate", {HARD!r}, "--cloud", "127.0.0.1:9", "-o", "a.png", {flags}], os.environ)
+print(code, "grpc" in sys.modules)
+"""
+    done = guarded(program, tiny_bundle, tmp_path)
+    assert done.stdout.splitlines()[-1] == "0 False", done.stderr
+    assert read_record(tmp_path / "a.png")["drawn_on"] == "edge"
+
+
+def test_the_guard_does_see_a_socket(tiny_bundle: Path, tmp_path: Path) -> None:
+    program = "import socket; socket.create_connection(('127.0.0.1', 9), 1)"
+    assert guarded(program, tiny_bundle, tmp_path).returncode == 99
+
+
+def test_generate_prints_the_path_and_the_same_seed_gives_identical_files(
+    edge_agent_command: Command, tmp_path: Path
+) -> None:
+    first = edge_agent_command("generate", "a red car", "--seed", "7", "-o", "a.png")
+    second = edge_agent_command("--seed", "7", "-o", "b.png", "a red car")
+    assert (first.returncode, first.stdout, second.stdout) == (0, "a.png\n", "b.png\n")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert "seed 7" in first.stderr
+    record = read_record(tmp_path / "a.png")
+    assert (record["prompt"], record["seed"], record["drawn_on"]) == ("a red car", 7, "edge")
+
+
+def test_a_bare_prompt_draws_into_a_name_that_is_free(
+    edge_agent_command: Command, tmp_path: Path
+) -> None:
+    names = [edge_agent_command("A red car!", "--seed", "7").stdout.strip() for _ in range(2)]
+    assert names == ["a-red-car-7.png", "a-red-car-7-2.png"]
+    assert all((tmp_path / name).is_file() for name in names)
+
+
+def test_generate_json_is_the_whole_result(edge_agent_command: Command) -> None:
+    done = edge_agent_command("generate", HARD, "--json", "-o", "a.png", "--size", "128x32")
+    result = json.loads(done.stdout)
+    assert (result["file"], result["width"], result["height"]) == ("a.png", 128, 32)
+    assert (result["decision"]["route"], result["drawn_on"]) == ("cloud", "edge")
+    assert result["fallback_reason"].startswith("no cloud is configured")
+    assert "drawing on the edge instead" in done.stderr
+
+
+def test_a_cloud_that_nobody_runs_ends_in_a_picture(
+    edge_agent_command: Command, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    done = edge_agent_command(
+        "generate", HARD, "--cloud", address, "--deadline", "20", "--json", "-o", "a.png"
+    )
+    result = json.loads(done.stdout)
+    assert (result["drawn_on"], result["fallback_from"]) == ("edge", "cloud")
+    assert address in result["fallback_reason"]
+    assert (tmp_path / "a.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", ""], 2, "prompt '' is empty"),
+        (["route", "a cat", " "], 2, "is empty"),
+        (["route"], 2, "no prompt to decide on"),
+        (["route", "--file", "gone.txt"], 2, "gone.txt cannot be read"),
+        (["a" * 100_000], 2, "100000 bytes"),
+        (["a\x07cat"], 2, "U+0007"),
+        (["a cat", "--size", "130x64"], 2, "width 130 is not a multiple of 8"),
+        (["a cat", "--size", "512x64"], 2, "width 512 is over the limit"),
+        (["a cat", "--share", "2"], 2, "--share is '2'; choose a number from 0 to 1"),
+        (["a cat", "--cloud", "nowhere"], 2, "--cloud is 'nowhere'; choose HOST:PORT"),
+        (["a cat", "--frobnicate"], 2, "No such option: --frobnicate"),
+        (["a cat", "-o", "a.jpg"], 2, "a.jpg does not end in .png"),
+        (["a cat", "-o", "gone/a.png"], 1, "folder gone does not exist"),
+        (["a cat", "--bundle", "gone"], 1, "no bundle at gone"),
+        (["a cat", "--route", "cloud"], 2, "no cloud is configured"),
+    ],
+)
+def test_bad_input_is_one_sentence_with_its_value(
+    edge_agent_command: Command, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    done = edge_agent_command(*arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_debug_adds_the_traceback(edge_agent_command: Command) -> None:
+    assert "Traceback" in edge_agent_command("a cat", "--bundle", "gone", "--debug").stderr
+    done = edge_agent_command("a cat", "--bundle", "gone", EDGE_AGENT_DEBUG="1")
+    assert "Traceback" in done.stderr
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback(tiny_bundle: Path, tmp_path: Path) -> None:
+    program = f"""
+sys.stdout.close()
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+sys.stdout = open(1, "w", closefd=False)
+from edge_agent.cli import run
+code = run(["route", "--quiet"] + [{HARD!r}] * 200, os.environ)
+sys.stdout = None
+os._exit(code)
+"""
+    done = guarded(program, tiny_bundle, tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_ctrl_c_stops_the_drawing_and_leaves_no_file(
+    tiny_bundle: Path, tmp_path: Path, slow_unet: Callable[[Path], None]
+) -> None:
+    slow_unet(tiny_bundle)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    env = os.environ | {"EDGE_AGENT_BUNDLE": str(tiny_bundle), "PYTHONPATH": str(ROOT)}
+    # A step of this network lasts for hours, so only a stop inside a step ends the process.
+    program = """
+import os, sys, threading
+from edge_agent import cli
+from edge_agent.runtime import session
+run = session.Session.run
+def told(self, *arguments):
+    if "unet" in str(self.path):
+        print("drawing", flush=True)
+    return run(self, *arguments)
+session.Session.run = told
+sys.exit(cli.run(["a cat", "-o", "a.png"], os.environ))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "drawing\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == "edge-agent: stopped; nothing was written\n"
+    assert os.listdir(folder) == []
+
+
+def test_doctor_reports_bundle_networks_and_where_settings_come_from(
+    edge_agent_command: Command,
+) -> None:
+    done = edge_agent_command("doctor", "--json", "--share", "0.5", EDGE_AGENT_OFFLINE="yes")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert report["bundle"]["ok"]
+    assert {part["name"] for part in report["bundle"]["components"]} == {
+        "text_encoder", "predictor", "unet", "vae_decoder",
+    }  # fmt: skip
+    for part in report["bundle"]["components"]:
+        assert part["providers"] == ["CPUExecutionProvider"]
+    settings = report["settings"]
+    assert settings["share"] == {"value": 0.5, "source": "--share"}
+    assert settings["offline"] == {"value": True, "source": "EDGE_AGENT_OFFLINE"}
+    assert settings["steps"] == {"value": 4, "source": "the bundle"}
+    assert settings["bundle"]["source"] == "EDGE_AGENT_BUNDLE"
+    assert report["cloud"]["status"] == "not asked: offline"
+
+
+def test_doctor_of_a_broken_bundle_says_what_is_wrong_and_fails(
+    edge_agent_command: Command, tiny_bundle: Path
+) -> None:
+    (tiny_bundle / "predictor" / "model.onnx").unlink()
+    done = edge_agent_command("doctor", "--cloud", "127.0.0.1:9")
+    assert done.returncode == 1
+    assert "lacks" in done.stdout
+    assert "127.0.0.1:9" in done.stdout
