@@ -13,7 +13,7 @@ import platformdirs
 from cloud_server.errors import ConfigError
 from protos.address import Address, parse_address
 
-APP = "routet2i-edge"
+APP = "routet2i-cloud-server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,12 @@ def listen_address(text: str, *, insecure: bool) -> Address:
 
 
 def config_path() -> Path:
-    """Return where the owner's settings are looked for."""
+    """Return where the owner's settings are looked for; the device has a file of its own."""
     return Path(platformdirs.user_config_dir(APP)) / "config.toml"
 
 
 def read_config(path: Path, known: Iterable[str]) -> dict[str, Any]:
-    """Read table `[cloud_server]` of config.toml; empty if there is none.
+    """Read the settings in config.toml; empty if there is none.
 
     Raises ConfigError naming the file and the key for TOML that is wrong or keys not in `known`.
     """
@@ -60,13 +60,8 @@ def read_config(path: Path, known: Iterable[str]) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}; correct or remove it") from error
-    table = read.get("cloud_server", {})
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path} has cloud_server = {table!r}; make it a table [cloud_server]")
     known = sorted(known)
-    for key in table:
+    for key in read:
         if key not in known:
-            raise ConfigError(
-                f"{path} sets unknown {key!r}; [cloud_server] knows {', '.join(known)}"
-            )
-    return table
+            raise ConfigError(f"{path} sets unknown {key!r}; choose of {', '.join(known)}")
+    return read

@@ -195,19 +195,14 @@ def _load_pipeline(source: Path | str, dtype: torch.dtype) -> Any:
     from cloud_server.torchvision_guard import guard
 
     guard()
-    from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+    from diffusers import DiffusionPipeline  # imports one pipeline; the Auto classes, all of them
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.disable_progress_bar()
     local = isinstance(source, Path)
     options = {"torch_dtype": dtype, "local_files_only": local}
     try:
-        try:
-            pipeline = AutoPipelineForText2Image.from_pretrained(str(source), **options)
-        except ValueError as error:
-            if "AutoPipeline can't find" not in str(error):
-                raise
-            pipeline = DiffusionPipeline.from_pretrained(str(source), **options)
+        pipeline = DiffusionPipeline.from_pretrained(str(source), **options)
     # Loading runs the code of several libraries over foreign files; all of it ends in one sentence.
     except Exception as error:
         raise ModelError(
@@ -254,23 +249,19 @@ def _own_defaults(source: Path | str) -> dict[str, float]:
     if not isinstance(source, Path) or not (source / "defaults.json").is_file():
         return {}
     path = source / "defaults.json"
-    kinds: dict[str, tuple[type, ...]] = {
-        "width": (int,),
-        "height": (int,),
-        "steps": (int,),
-        "guidance": (int, float),
-    }
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
-    for name, kind in kinds.items():
-        value = read.get(name) if isinstance(read, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool) or value < 0:
-            raise ModelError(
-                f"{path} has {name} = {value!r}; it needs a number that is not negative"
-            )
-    return {name: read[name] for name in kinds}
+    settings: dict[str, float] = {}
+    for name in ("width", "height", "steps", "guidance"):
+        value: Any = read.get(name) if isinstance(read, dict) else None
+        whole = name != "guidance"
+        number = isinstance(value, int) if whole else isinstance(value, int | float)
+        if not number or isinstance(value, bool) or value < whole:
+            raise ModelError(f"{path} has {name} = {value!r}; it needs a positive number there")
+        settings[name] = value
+    return settings
 
 
 def _device(name: str) -> str:

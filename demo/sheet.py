@@ -69,7 +69,7 @@ def _rounded(size: tuple[int, int], radius: int) -> Image.Image:
 def _wrapped(
     text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int
 ) -> list[str]:
-    """Break `text` into at most `lines` lines of `width` pixels; what is left ends in an ellipsis."""
+    """Break `text` into at most `lines` lines of `width` pixels, the last cut by an ellipsis."""
     out = [""]
     for word in text.split():
         longer = f"{out[-1]} {word}".strip()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -36,6 +38,7 @@ import diffusers  # noqa: E402  the guard must come first
 
 REVISION = 1  # raise when components come out differently, so that none older is kept
 STAGES = ("trace", "optimise", "compare")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 GROWTH = 2  # pictures may be this much larger a side than those the model was trained on
 
 
@@ -125,7 +128,7 @@ def _export(
 ) -> Component:
     workspace = writer.workspace(part.name)
     traced, finished = workspace / "traced.onnx", workspace / "finished"
-    try:
+    with _naming(part.name):
         tell(0)
         network = part.load()
         network.trace(traced)
@@ -135,15 +138,6 @@ def _export(
         parity = check_parity(
             part.name, network.module, finished / MODEL, network.samples, part.metric, part.gate
         )
-    except ExportError:
-        raise
-    except Exception as err:  # torch, optimum, diffusers and onnxruntime share no base class
-        if isinstance(err, OSError) and err.errno is not None:
-            raise
-        raise ExportError(
-            f"the {part.name} could not be exported ({type(err).__name__}: "
-            f"{str(err).strip().partition(chr(10))[0]}); see the whole error with --debug"
-        ) from err
     return writer.add(
         part.name,
         finished,
@@ -156,12 +150,30 @@ def _export(
     )
 
 
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Turn whatever loading or tracing raises into one sentence that says which part failed."""
+    try:
+        yield
+    except ExportError:
+        raise
+    except Exception as err:  # torch, optimum, transformers and onnxruntime share no base class
+        if isinstance(err, OSError) and err.errno in NO_ROOM:
+            raise
+        line = str(err).strip().partition("\n")[0]
+        raise ExportError(
+            f"the {what} could not be exported ({type(err).__name__}: {line}); fetch or train it "
+            "again, or see the whole error with --debug"
+        ) from err
+
+
 def _texts(job: Job) -> tuple[TextSource, TextSource]:
     """Return the text encoders of router and diffusion: one object where they agree."""
-    diffusion = text.from_pipeline(job.pipeline.folder)
-    router = text.from_open_clip(job.clip) if job.clip else diffusion
-    if text.are_one(router, diffusion):
-        router = diffusion
+    with _naming("text_encoder"):
+        diffusion = text.from_pipeline(job.pipeline.folder)
+        router = text.from_open_clip(job.clip) if job.clip else diffusion
+        if text.are_one(router, diffusion):
+            router = diffusion
     if router.tower.width != job.router.width:
         raise ExportError(
             f"the router in '{job.router.folder}' reads text states of width {job.router.width}, "

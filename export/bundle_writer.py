@@ -108,10 +108,13 @@ class BundleWriter:
 
     def finish(self, components: Sequence[Component], manifest: Mapping[str, Any]) -> Path:
         """Write the manifest last, open the result as the device does, and put it in place."""
-        wanted = {component.name for component in components}
+        tokenizers = {manifest[key]["file"] for key in manifest if key.startswith("tokenizer")}
+        wanted = {component.name for component in components} | tokenizers | {DONE}
         for stray in self.partial.iterdir():
             if stray.is_dir() and stray.name not in wanted:
                 shutil.rmtree(stray)
+            elif stray.name not in wanted:
+                stray.unlink()
         written = {component.name: _to_json(component) for component in components}
         _write(self.partial / MANIFEST, _dump({**manifest, "components": written}))
         open_bundle(self.partial)

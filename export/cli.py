@@ -56,14 +56,16 @@ def main(
     kept, and an export that was stopped goes on where it was.
     """
     try:
-        with quiet():
-            path, rows = _export(
-                starter, edge_model, clip, router, precision, output, force, silent
-            )
-    except (ExportError, FileNotFoundError) as err:
+        path, rows = _export(starter, edge_model, clip, router, precision, output, force, silent)
+    except Exception as err:
         if debug:
             traceback.print_exc()
-        raise click.ClickException(str(err)) from err
+        if isinstance(err, ExportError):
+            raise click.ClickException(str(err)) from err
+        raise click.ClickException(
+            f"the export failed unexpectedly ({type(err).__name__}: {err}); run it with --debug "
+            "and report what it prints"
+        ) from err
     except KeyboardInterrupt:
         click.echo("interrupted; the same command goes on from here", err=True)
         sys.exit(130)
@@ -85,7 +87,7 @@ def _export(
     if edge_model and router and not starter:
         pipeline = open_pipeline(edge_model)
     else:
-        starter = starter or starter_folder()
+        starter = starter or _starter()
         clip, router = clip or starter / "clip", router or starter / "router"
         pipeline = (
             open_pipeline(edge_model)
@@ -93,24 +95,37 @@ def _export(
             else open_pipeline(str(starter / "edge"), name="starter-edge")
         )
     network = open_router(router)
-    # Imported late: torch and diffusers take seconds, and a wrong folder should not.
-    from export.build import Job, export_bundle
-
-    job = Job(
-        pipeline=pipeline,
-        router=network,
-        out=output or default_path(),
-        clip=clip,
-        precision=precision,
-        fresh=force,
-    )
-    with tqdm(unit="stage", disable=True if silent else None, leave=False) as bar:
+    with tqdm(
+        desc="load models",
+        bar_format="{desc:<30} {bar:30} {elapsed}",
+        disable=True if silent else None,
+        leave=False,
+    ) as bar:
 
         def show(stage: Stage) -> None:
             bar.total, bar.n = stage.total, stage.index
-            bar.set_description(f"{stage.name} {stage.component}")
+            bar.set_description_str(f"{stage.name} {stage.component}")
 
-        return export_bundle(job, show)
+        with quiet():
+            # Imported late: torch and diffusers take seconds, and a wrong folder should not.
+            from export.build import Job, export_bundle
+
+            job = Job(
+                pipeline=pipeline,
+                router=network,
+                out=output or default_path(),
+                clip=clip,
+                precision=precision,
+                fresh=force,
+            )
+            return export_bundle(job, show)
+
+
+def _starter() -> Path:
+    try:
+        return starter_folder()
+    except FileNotFoundError as err:
+        raise ExportError(str(err)) from err
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -33,6 +33,7 @@ SUPPORTED = {
         "PNDMScheduler",
     ),
 }
+DESCRIPTIONS = {"text_encoder": "config.json", "scheduler": "scheduler_config.json"}
 # UNet settings whose extra inputs the device does not feed.
 EXTRA_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 7.5
@@ -81,7 +82,8 @@ class Pipeline:
             "guidance": DEFAULT_GUIDANCE,
         }
         own = self.folder / "defaults.json"
-        return Drawing(**(usual | (read_json(own) if own.is_file() else {})))
+        wanted = read_json(own) if own.is_file() else {}
+        return Drawing(**{key: wanted.get(key, value) for key, value in usual.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ def open_pipeline(source: str, name: str | None = None) -> Pipeline:
             f"the unet of '{source}' is conditioned on guidance (time_cond_proj_dim="
             f"{unet['time_cond_proj_dim']}), which the device cannot feed; choose another model"
         )
+    for part, file in DESCRIPTIONS.items():
+        read_json(folder / part / file)
     return Pipeline(
         folder=folder,
         name=name or (source if folder != Path(source) else folder.resolve().name),

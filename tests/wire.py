@@ -111,9 +111,11 @@ def running_server(
         if not callable(engine):
             await warm
         ready.set_result((address, server, asyncio.get_running_loop()))
-        await asyncio.to_thread(over.wait)
-        await warm
-        await server.stop(0)
+        try:
+            await asyncio.to_thread(over.wait)
+            await warm
+        finally:
+            await server.stop(0)
 
     thread = threading.Thread(target=asyncio.run, args=(live(),))
     thread.start()

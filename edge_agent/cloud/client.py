@@ -166,6 +166,8 @@ class CloudClient:
         Misbehaved; Cancelled within a moment of `cancellation`. Asking again with the same
         `request_id` does not draw twice.
         """
+        if cancellation is not None and cancellation.cancelled:
+            raise Cancelled("the picture was cancelled")
         begun = time.monotonic()
         limit_s = DEFAULT_DEADLINE_S if deadline_s is None else deadline_s
         call = self._stub.Generate(_message(request, request_id, seed), timeout=max(limit_s, 0.0))

@@ -99,7 +99,9 @@ class EdgeGenerator:
         if plan.guidance > 1:
             hidden = np.concatenate([self._negative_hidden(request.negative_prompt), hidden])
         conditioned = self._clock()
-        latents = self._denoise(plan, hidden, on_event, cancellation)
+        # Numbers that run away are an error of ours below, not a warning of numpy's on stderr.
+        with np.errstate(all="ignore"):
+            latents = self._denoise(plan, hidden, on_event, cancellation)
         denoised = self._clock()
         pixels = self._decode(latents, cancellation)
         decoded = self._clock()

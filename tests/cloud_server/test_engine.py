@@ -1,10 +1,9 @@
-"""The diffusers engine on a tiny random pipeline: the same seed, steps, stopping, and bad folders."""
+"""The diffusers engine on a tiny random pipeline: seeds, steps, stopping, and bad folders."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from edge_agent.cloud.client import CloudClient  # noqa: E402
 from edge_agent.errors import Cancelled  # noqa: E402
 from edge_agent.types import Cancellation, Event, Request, Step  # noqa: E402
 from tests.tiny import make_pipeline  # noqa: E402
-from tests.wire import running_server, until  # noqa: E402
+from tests.wire import running_server  # noqa: E402
 
 ORDER = Order("a cat on grass", "", 3, 64, 64, 2, 4.0)
 
@@ -174,16 +173,8 @@ def test_a_device_that_is_not_there_is_named(folder: Path) -> None:
 
 
 @pytest.fixture
-def client(folder: Path) -> Iterator[CloudClient]:
-    loaded = threading.Event()
-
-    def load() -> DiffusersEngine:
-        engine = DiffusersEngine.load(str(folder), device="cpu")
-        loaded.set()
-        return engine
-
-    with running_server(load) as server, CloudClient(server.address) as client:
-        until(client.healthy)
+def client(engine: DiffusersEngine) -> Iterator[CloudClient]:
+    with running_server(engine) as server, CloudClient(server.address) as client:
         yield client
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 WIDTH, CONTEXT, LATENTS, SCALE = 8, 16, 4, 8
 METRICS = ("Definition", "Sharpness", "Layout")
-ROOT = Path(__file__).parents[2]
 
 
 def tensor(name: str, values: Any, kind: type = np.float32) -> onnx.TensorProto:
@@ -331,24 +327,3 @@ def slow_unet() -> Callable[[Path], None]:
         edit_manifest(folder, lambda _: None)
 
     return swap
-
-
-@pytest.fixture
-def edge_agent_command(
-    tiny_bundle: Path, tmp_path: Path
-) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python -m edge_agent` in a process of its own, in `tmp_path`, with the tiny bundle."""
-
-    def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
-        env = os.environ | {"EDGE_AGENT_BUNDLE": str(tiny_bundle), "PYTHONPATH": str(ROOT)} | extra
-        return subprocess.run(
-            [sys.executable, "-m", "edge_agent", *arguments],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run

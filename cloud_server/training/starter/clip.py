@@ -1,18 +1,17 @@
 """The starter CLIP: an open_clip model trained on captions and on the ten quality pairs.
 
 Its frozen text tower conditions both diffusion models and feeds the router; its picture tower
-measures quality. Both are learnt together; then, against the finished text tower, a convolutional
-picture tower takes the first one's place, because a small transformer needs many more pictures to
-see blur, blocks and cuts. Captions with one thing wrong (colours, sides, counts, nouns, places)
-stand in every batch, because a contrastive encoder otherwise forgets word order. After a while the text tower is
-locked, as the diffusion models will need it, and the picture tower learns on, mostly about quality.
+measures quality. Both are learnt together first, until the text tower is locked, as the diffusion
+models will need it. Then a convolutional picture tower takes the place of the first one and learns
+mostly about quality: a small transformer needs many more pictures to see blur, blocks and cuts.
+Captions with one thing wrong (colours, sides, counts, nouns, places) stand in every batch, because
+a contrastive encoder otherwise forgets word order.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 from typing import Any
 
 import numpy as np
@@ -37,11 +36,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E
 Config = dict[str, Any]  # open_clip's own description of a model
 
 BATCH = 96
-SPOILED, SPOILED_LATER = 0.4, 0.8  # share of pictures that are degraded, before and after locking
-LOCKED_FROM = 0.6  # of the budget
-LATER = 1_000_000  # data of the second part are not those of the first
+# Where each stage's data begin, and the share of its pictures that are degraded.
+STAGES = {"clip": (0, 0.4), "clip-picture": (1_000_000, 0.8)}
+LOCKED_FROM = 0.4  # of the budget
 WIDTH, HEADS, TEXT_LAYERS = 192, 6, 4
-VISION: Config = {
+TRANSFORMER: Config = {
     "image_size": 128,
     "patch_size": 16,
     "width": WIDTH,
@@ -52,7 +51,7 @@ CONVOLUTIONAL: Config = {"image_size": 128, "layers": [1, 1, 1, 1], "width": 24,
 METRICS = load_metrics()
 
 
-def model_config(vocabulary: int, vision: Config = VISION) -> Config:
+def model_config(vocabulary: int, vision: Config) -> Config:
     """Return the open_clip description of the model, 5 M parameters."""
     return {
         "embed_dim": WIDTH,
@@ -71,30 +70,39 @@ def model_config(vocabulary: int, vision: Config = VISION) -> Config:
 
 def train_clip(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
     """Train both towers; write an open_clip folder to `out`, which holds the tokenizer already."""
+    both, later = budget.split(LOCKED_FROM)
+    train_towers(out, work, both, seed, device)
+    train_picture_tower(out, work, later, seed, device)
+
+
+def train_towers(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
+    """Train a text tower and a small vision transformer together, from nothing."""
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(out)
-    model = open_clip.CLIP(**_model_arguments(model_config(len(tokenizer))))
-    _fit("clip", model, VISION, tokenizer, out, work, budget, seed, device)
+    config = model_config(len(tokenizer), TRANSFORMER)
+    model = open_clip.CLIP(**_model_arguments(config))
+    _fit("clip", model, config, tokenizer, out, work, budget, seed, device)
 
 
 def train_picture_tower(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
     """Put a convolutional picture tower into the folder `out`; its text tower stays as it is."""
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(out)
-    model = open_clip.CLIP(**_model_arguments(model_config(len(tokenizer), CONVOLUTIONAL)))
+    config = model_config(len(tokenizer), CONVOLUTIONAL)
+    model = open_clip.CLIP(**_model_arguments(config))
     finished = load_clip(out).state_dict()
-    text = {k: v for k, v in finished.items() if not k.startswith("visual.")}
+    text = {name: value for name, value in finished.items() if not name.startswith("visual.")}
     model.load_state_dict(text, strict=False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
+        parameter.requires_grad_(name.startswith("visual."))
     model.visual.to(memory_format=torch.channels_last)
-    _fit("clip-pictures", model, CONVOLUTIONAL, tokenizer, out, work, budget, seed + 1, device)
+    _fit("clip-picture", model, config, tokenizer, out, work, budget, seed, device)
 
 
 def _fit(
     name: str,
     model: open_clip.CLIP,
-    vision: Config,
+    config: Config,
     tokenizer: CLIPTokenizer,
     out: Path,
     work: Path,
@@ -102,12 +110,13 @@ def _fit(
     seed: int,
     device: str,
 ) -> None:
-    """Fit captions to pictures and the metrics' poles to how spoiled the pictures are."""
+    """Draw captions to their pictures, and pictures to the poles that they deserve."""
     pairs = encode(tokenizer, [t for m in METRICS for t in (m.positive, m.negative)]).to(device)
     kind = torch.device(device).type
+    first, spoiled = STAGES[name]
 
-    def loss_fn(step: int, spoiled: float) -> tuple[Tensor, dict[str, float]]:
-        pictures, captions, goodness, chosen = _batch(seed, step, spoiled)
+    def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+        pictures, captions, goodness, chosen = _batch(seed, first + step, spoiled)
         tokens = encode(tokenizer, captions).to(device)  # (2B, n): captions, then wrong ones
         goodness, chosen = goodness.to(device), chosen.to(device)
         # On a CPU the fused attention's backward pass takes three quarters of a step.
@@ -129,25 +138,14 @@ def _fit(
         }  # fmt: skip
 
     def save(ready: open_clip.CLIP) -> None:
-        save_clip(ready, len(tokenizer), out)
+        save_clip(ready, config, out)
         report = evaluate_clip(ready, tokenizer, seed + 1, device)
-        print("\nclip:", json.dumps(report), flush=True)
+        print(f"\n{name}:", json.dumps(report), flush=True)
 
-    options: dict[str, Any] = {
-        "lr": 8e-4, "work": work, "device": device, "ema": 0.997, "warmup": 100,
-        "weight_decay": 0.05, "on_checkpoint": save,
-    }  # fmt: skip
-    both, later = budget.split(LOCKED_FROM)
-    fit("clip", model, lambda step: loss_fn(step, SPOILED), budget=both, **options)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("visual."))
     fit(
-        "clip-picture",
-        model,
-        lambda step: loss_fn(step + LATER, SPOILED_LATER),
-        budget=later,
-        **options,
-    )
+        name, model, loss_fn, lr=8e-4, budget=budget, work=work, device=device,
+        ema=0.997, warmup=100, weight_decay=0.05, on_checkpoint=save,
+    )  # fmt: skip
 
 
 def _model_arguments(config: Config) -> Config:
@@ -167,7 +165,7 @@ def _encode_text(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
 
 
 def _batch(seed: int, step: int, spoiled: float) -> tuple[np.ndarray, list[str], Tensor, Tensor]:
-    """Return pictures (B, H, W, 3), 2B captions, goodness (B, k) in 0..1 and what was chosen (B, k).
+    """Return pictures (B, H, W, 3), 2B captions, goodness in 0..1 and what was chosen (B, k).
 
     A picture spoiled in metric i at strength s should score 1 - s or so on that metric, the chosen
     one; what it should score on the others is known less well.

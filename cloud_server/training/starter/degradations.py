@@ -26,7 +26,7 @@ def _image(picture: Picture) -> Image.Image:
 
 
 def _array(image: Image.Image) -> Picture:
-    return np.asarray(image, np.float32) / 255
+    return np.asarray(image, np.float32) / np.float32(255)
 
 
 def low_resolution(picture: Picture, strength: float, _: np.random.Generator) -> Picture:
@@ -44,7 +44,7 @@ def lost_detail(picture: Picture, strength: float, _: np.random.Generator) -> Pi
     size = 3 if strength < 0.5 else 5  # larger medians take too long
     flat = _array(_image(picture).filter(ImageFilter.MedianFilter(size)))
     levels = 24 - 19 * strength
-    return np.round(flat * levels) / levels
+    return (np.round(flat * levels) / levels).astype(np.float32)
 
 
 def haze(picture: Picture, strength: float, rng: np.random.Generator) -> Picture:

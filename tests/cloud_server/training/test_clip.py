@@ -71,7 +71,7 @@ def test_open_clip_opens_the_folder_with_its_tokenizer(folder, model):
 
 @needs_font
 def test_a_batch_depends_on_seed_and_step_alone():
-    first, again, other = (clip._batch(3, step) for step in (5, 5, 6))
+    first, again, other = (clip._batch(3, step, 0.5) for step in (5, 5, 6))
     assert (first[0] == again[0]).all()
     assert first[1] == again[1]
     assert torch.equal(first[2], again[2])
@@ -82,9 +82,9 @@ def test_a_batch_depends_on_seed_and_step_alone():
 @needs_font
 def test_the_committed_weights_know_the_world(model, tokenizer):
     report = clip.evaluate_clip(model, tokenizer, seed=11)
-    assert report["retrieval"] > FLOORS["retrieval"]  # of 256 captions; chance is 0.004
-    assert report["fooled"] < FLOORS["fooled"]  # by a caption with one thing wrong; chance is 0.5
-    assert report["auroc"] > FLOORS["auroc"]
+    assert report["retrieval"] > 0.4  # of 256 captions; chance is 0.004
+    assert report["fooled"] < 0.3  # by a caption with one thing wrong; chance is 0.5
+    assert report["auroc"] > 0.6  # mean over the metrics at strength 0.5; chance is 0.5
 
 
 @needs_font
@@ -94,7 +94,7 @@ def test_training_writes_a_folder_and_resumes(tmp_path, monkeypatch):
     out, work = tmp_path / "clip", tmp_path / "work"
     train_tokenizer(out, seed=0)
     for steps in (2, 3):
-        clip.train_clip(out, work, Budget(steps=steps), seed=0, device="cpu")
+        clip.train_towers(out, work, Budget(steps=steps), seed=0, device="cpu")
     assert torch.load(work / "clip.pt", weights_only=True)["step"] == 3
     both = clip.load_clip(out)
     clip.train_picture_tower(out, work, Budget(steps=2), seed=0, device="cpu")

@@ -1,0 +1,1 @@
+"""Programs that print tables; nothing in here is asserted by the tests."""
