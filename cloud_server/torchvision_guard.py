@@ -2,8 +2,8 @@
 
 That torchvision cannot load its compiled operators there, and then even importing diffusers,
 transformers or open_clip fails with "operator torchvision::nms does not exist". Declaring the two
-operators first makes the Python parts, all that those libraries use, importable. Calling `nms` still
-raises torchvision's own error. Where torch has CUDA this does nothing.
+operators first makes the Python parts, all that those libraries use, importable. Calling `nms`
+still raises torchvision's own error. Where torch has CUDA this does nothing.
 """
 
 import torch

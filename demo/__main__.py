@@ -164,8 +164,9 @@ def _draw_without_cloud(
     if result.drawn_on is not Route.EDGE or not result.fallback_reason:
         raise DemoError("the server was stopped and yet the picture did not fall back")
     click.echo(
-        f"\nThe server is stopped. “{result.prompt}” wants the {result.decision.route.value} and is"
-        f" drawn on the device in {result.timings_ms['total']:.0f} ms: {result.fallback_reason}\n"
+        f"\nThe server is stopped. '{result.prompt}' wants the {result.decision.route.value} and is"
+        f" drawn on the device in {result.timings_ms['total']:.0f} ms, because\n"
+        f"  {result.fallback_reason}\n"
     )
     return result
 

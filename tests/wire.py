@@ -128,12 +128,12 @@ def running_server(
     assert not thread.is_alive()
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], *, every_s: float = 0.01) -> None:
     """Return as soon as `condition` holds."""
     end = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.01)
+        time.sleep(every_s)
 
 
 def free_port() -> int:

@@ -176,7 +176,7 @@ def test_serve_draws_with_a_diffusers_folder_until_sigterm(tmp_path: Path) -> No
     arguments = ("serve", "--model", str(folder), "--address", "127.0.0.1:0", "--threads", "1")
     with server_process(*arguments, module="cloud_server") as running:
         with CloudClient(running.address) as client:
-            until(client.healthy)
+            until(client.healthy, every_s=0.5)  # it loads meanwhile
             first, again = (
                 client.generate(Request("a cat on grass"), request_id=name, seed=3)
                 for name in ("one", "two")

@@ -251,7 +251,8 @@ def test_a_killed_export_is_resumed(exported, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not out.exists()
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
     assert finished.stdout == f"{out}\n"
     assert "kept" in finished.stderr.splitlines()[1]
     open_bundle(out)

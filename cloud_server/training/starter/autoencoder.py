@@ -37,7 +37,7 @@ def build_autoencoder() -> AutoencoderTiny:
 
 
 def train_autoencoder(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
-    """Train and save a diffusers folder at `out`; a picture of truth above result goes to `work`."""
+    """Train and save a diffusers folder at `out`; a picture of truth above result: `work`."""
     torch.manual_seed(seed)
     model = build_autoencoder().to(memory_format=torch.channels_last)
 

@@ -3,7 +3,9 @@
 Its frozen text tower conditions both diffusion models and feeds the router; its picture tower
 measures quality. Both are learnt together first, until the text tower is locked, as the diffusion
 models will need it. Then a convolutional picture tower takes the place of the first one and learns
-mostly about quality: a small transformer needs many more pictures to see blur, blocks and cuts.
+mostly about quality: a small transformer needs many more pictures to see blur, blocks and cuts. Of
+the text tower, only the embeddings of the metrics' own words (hazy, sharp) still learn, as captions
+never use them; without that, all ten pairs would stay nearly one direction, good against bad.
 Captions with one thing wrong (colours, sides, counts, nouns, places) stand in every batch, because
 a contrastive encoder otherwise forgets word order.
 """
@@ -25,7 +27,7 @@ from cloud_server.training.loop import Budget, fit
 from cloud_server.training.quality import load_metrics
 from cloud_server.training.starter.autoencoder import to_tensor
 from cloud_server.training.starter.degradations import degrade
-from cloud_server.training.starter.scenes import batch_at, caption_negatives
+from cloud_server.training.starter.scenes import batch_at, caption_negatives, sample_scene
 from cloud_server.training.starter.tokenizer import CONTEXT_LENGTH, encode
 
 guard()
@@ -36,8 +38,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E
 Config = dict[str, Any]  # open_clip's own description of a model
 
 BATCH = 96
-# Where each stage's data begin, and the share of its pictures that are degraded.
-STAGES = {"clip": (0, 0.4), "clip-picture": (1_000_000, 0.8)}
+# Where each stage's data begin, the share of its pictures that are degraded, and weight decay,
+# which must not move the embeddings that the second stage keeps.
+STAGES = {"clip": (0, 0.4, 0.05), "clip-picture": (1_000_000, 0.8, 0.0)}
 LOCKED_FROM = 0.4  # of the budget
 WIDTH, HEADS, TEXT_LAYERS = 192, 6, 4
 TRANSFORMER: Config = {
@@ -49,6 +52,7 @@ TRANSFORMER: Config = {
 }
 CONVOLUTIONAL: Config = {"image_size": 128, "layers": [1, 1, 1, 1], "width": 24, "head_width": 32}
 METRICS = load_metrics()
+POLES = [text for metric in METRICS for text in (metric.positive, metric.negative)]
 
 
 def model_config(vocabulary: int, vision: Config) -> Config:
@@ -85,7 +89,10 @@ def train_towers(out: Path, work: Path, budget: Budget, seed: int, device: str) 
 
 
 def train_picture_tower(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
-    """Put a convolutional picture tower into the folder `out`; its text tower stays as it is."""
+    """Put a convolutional picture tower into the folder `out`.
+
+    What its text tower makes of captions stays as it is, to the last bit.
+    """
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(out)
     config = model_config(len(tokenizer), CONVOLUTIONAL)
@@ -94,9 +101,20 @@ def train_picture_tower(out: Path, work: Path, budget: Budget, seed: int, device
     text = {name: value for name, value in finished.items() if not name.startswith("visual.")}
     model.load_state_dict(text, strict=False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("visual."))
+        parameter.requires_grad_(name.startswith(("visual.", "token_embedding.")))
+    free = torch.zeros(len(tokenizer), 1, device=device)
+    free[metric_words(tokenizer, seed)] = 1
+    model.token_embedding.weight.register_hook(lambda gradient: gradient * free)
     model.visual.to(memory_format=torch.channels_last)
     _fit("clip-picture", model, config, tokenizer, out, work, budget, seed, device)
+
+
+def metric_words(tokenizer: CLIPTokenizer, seed: int) -> list[int]:
+    """Return the ids of the tokens that the metrics' texts use and captions do not."""
+    rng = np.random.default_rng(seed)
+    captions = [sample_scene(rng).caption for _ in range(5000)]
+    used = set(encode(tokenizer, captions).unique().tolist())
+    return sorted(set(encode(tokenizer, POLES).unique().tolist()) - used)
 
 
 def _fit(
@@ -111,9 +129,10 @@ def _fit(
     device: str,
 ) -> None:
     """Draw captions to their pictures, and pictures to the poles that they deserve."""
-    pairs = encode(tokenizer, [t for m in METRICS for t in (m.positive, m.negative)]).to(device)
+    pairs = encode(tokenizer, POLES).to(device)
     kind = torch.device(device).type
-    first, spoiled = STAGES[name]
+    first, spoiled, decay = STAGES[name]
+    learns_text = model.text_projection.requires_grad
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         pictures, captions, goodness, chosen = _batch(seed, first + step, spoiled)
@@ -122,7 +141,8 @@ def _fit(
         # On a CPU the fused attention's backward pass takes three quarters of a step.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(kind, dtype=torch.bfloat16):
             image = F.normalize(model.encode_image(to_tensor(pictures).to(device)).float(), dim=-1)
-            text = F.normalize(_encode_text(model, tokens), dim=-1)
+            with torch.set_grad_enabled(learns_text):
+                text = F.normalize(_encode_text(model, tokens), dim=-1)
             poles = F.normalize(_encode_text(model, pairs), dim=-1)
         scale = model.logit_scale.exp().clamp(max=100)
         logits = scale * image @ text.T  # (B, 2B)
@@ -144,7 +164,7 @@ def _fit(
 
     fit(
         name, model, loss_fn, lr=8e-4, budget=budget, work=work, device=device,
-        ema=0.997, warmup=100, weight_decay=0.05, on_checkpoint=save,
+        ema=0.997, warmup=100, weight_decay=decay, on_checkpoint=save,
     )  # fmt: skip
 
 
@@ -273,8 +293,7 @@ def evaluate_clip(
         "fooled": (similar[:, 256:].diagonal() > right).float().mean().item(),
     }
     aurocs = []
-    texts = [t for m in METRICS for t in (m.positive, m.negative)]
-    poles = F.normalize(_encode_text(model, encode(tokenizer, texts).to(device)), dim=-1)
+    poles = F.normalize(_encode_text(model, encode(tokenizer, POLES).to(device)), dim=-1)
     contrast = poles[0::2] - poles[1::2]
     clean = image(pictures[:64]) @ contrast.T
     for i, metric in enumerate(METRICS):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cloud_server.starter import starter_folder
 from cloud_server.training.quality import QualityScorer, load_metrics
 from cloud_server.training.starter.degradations import degrade
-from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,7 @@ def test_scores_lie_between_zero_and_one_whatever_the_batch(scorer):
 
 
 def test_exchanging_the_poles_mirrors_the_score(scorer):
-    swapped = [
-        type(m)(m.name, m.negative, m.positive, m.weight) for m in scorer.metrics
-    ]
+    swapped = [type(m)(m.name, m.negative, m.positive, m.weight) for m in scorer.metrics]
     mirrored = QualityScorer.open(starter_folder() / "clip", metrics=swapped)
     images = [_image(_picture())]
     assert np.allclose(scorer.score(images) + mirrored.score(images), 1, atol=1e-5)

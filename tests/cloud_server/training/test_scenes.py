@@ -110,7 +110,7 @@ def test_objects_are_drawn_where_their_boxes_are():
     rng = np.random.default_rng(2)
     scene = next(s for s in iter(lambda: sample_scene(rng, 1), None) if s.place is not None)
     one = draw(scene, np.random.default_rng(0)).astype(int)
-    x0, y0, x1, y1 = (int(round(128 * edge)) for edge in scene.boxes[0])
+    x0, y0, x1, y1 = (round(128 * edge) for edge in scene.boxes[0])
     inside = one[y0:y1, x0:x1].reshape(-1, 3).std(0).mean()
     assert inside > 15
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from cloud_server.training.starter.tokenizer import CONTEXT_LENGTH, encode, train_tokenizer
 from cloud_server.torchvision_guard import guard
+from cloud_server.training.starter.tokenizer import CONTEXT_LENGTH, encode, train_tokenizer
 
 guard()
 import open_clip.tokenizer  # noqa: E402

@@ -1,0 +1,105 @@
+"""Training the starter models: every stage ends with files that the ecosystem opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cloud_server.starter import starter_folder
+from cloud_server.torchvision_guard import guard
+from cloud_server.training.starter import autoencoder, clip, diffusion, scenes
+from cloud_server.training.starter.cli import STAGES, train_starter
+
+guard()
+from diffusers import StableDiffusionPipeline  # noqa: E402  the guard must come first
+
+needs_font = pytest.mark.skipif(
+    not any(path.exists() for path in scenes.FONT_PATHS),
+    reason="drawing scenes needs the Debian package fonts-noto-color-emoji",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with out/ and work/ after three steps of every stage before the router."""
+    root = tmp_path_factory.mktemp("starter")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion, "SCENES", 64)
+        patch.setattr(clip, "BATCH", 8)
+        patch.setattr(autoencoder, "BATCH", 4)
+        run = CliRunner().invoke(
+            train_starter,
+            [*STAGES[:-1], "-o", str(root / "out"), "--work", str(root / "work"), "--steps", "3"],
+            catch_exceptions=False,
+        )
+    assert run.exit_code == 0, run.output
+    return root
+
+
+@needs_font
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["edge", "cloud"])
+def test_both_models_open_in_diffusers_and_draw(trained, name):
+    folder = trained / "out" / name
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    defaults = json.loads((folder / "defaults.json").read_text())
+    picture = pipeline("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert picture.images[0].size == (defaults["width"], defaults["height"]) == (128, 128)
+
+
+@needs_font
+@pytest.mark.slow
+def test_both_models_are_conditioned_by_the_one_text_encoder(trained):
+    weights = "text_encoder/model.safetensors"
+    edge, cloud = trained / "out" / "edge" / weights, trained / "out" / "cloud" / weights
+    assert edge.read_bytes() == cloud.read_bytes()
+
+
+@needs_font
+@pytest.mark.slow
+def test_stages_leave_sheets_to_look_at(trained):
+    for name in ("scenes", "autoencoder", "edge", "cloud"):
+        assert (trained / "work" / f"{name}.png").stat().st_size > 10_000
+
+
+def test_an_unknown_stage_is_refused_by_name():
+    run = CliRunner().invoke(train_starter, ["paint"])
+    assert run.exit_code == 2
+    assert "paint" in run.output
+
+
+def test_the_committed_models_share_one_text_encoder_and_one_autoencoder():
+    edge, cloud = starter_folder() / "edge", starter_folder() / "cloud"
+    for part in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        assert (edge / part).read_bytes() == (cloud / part).read_bytes()
+
+
+@needs_font
+def test_the_committed_autoencoder_keeps_scenes_recognisable():
+    pictures = next(scenes.batches(seed=12345, batch=16))[0]
+    truth = autoencoder.to_tensor(pictures)
+    vae = diffusion.AutoencoderTiny.from_pretrained(
+        starter_folder() / "edge" / "vae", torch_dtype=torch.float32
+    ).eval()
+    with torch.inference_mode():
+        result = vae.decode(vae.encode(truth).latents).sample.clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (result - truth).square().mean((1, 2, 3)))
+    assert psnr.mean() > 25
+
+
+def test_the_committed_models_draw_different_prompts_differently():
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        starter_folder() / "edge", torch_dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ("a red car on a white background", "a blue fish at night")
+    size = diffusion.SIZES["edge"]
+    red, blue = diffusion.sample(pipeline, size, prompts, seed=3).numpy()
+    assert np.mean(red[0] - red[2]) > np.mean(blue[0] - blue[2]) + 0.1
+    assert red.mean() > blue.mean() + 0.3
