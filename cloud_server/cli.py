@@ -66,6 +66,13 @@ def _one_sentence(*, debug: bool = False) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        raise click.ClickException(
+            f"the server needs the package {error.name!r}, which is not installed; run "
+            "pip install -c constraints.txt 'routet2i-edge[cloud]'"
+        ) from error
     except ServerError as error:
         if debug:
             raise

@@ -52,7 +52,7 @@ PROMPTS = (
     "two red apples to the left of a cat",
     "a train, a bus and a bicycle in the forest",
     "two red apples to the left of a cat and a house at night",
-    "two turtles, a frog and a mushroom on the beach",
+    "two turtles, a frog, a fish and a mushroom on the beach",
     "a lion, a horse, a pig, a dog and a cat in the snow",
 )
 DEADLINE_S = 120.0
@@ -128,7 +128,7 @@ def _draw_all(agent: EdgeAgent, seed: int) -> list[Result]:
                 prompt,
                 decision.route.value,
                 f"{decision.prs:.3f}",
-                _deciding_metrics(decision),
+                deciding_metrics(decision),
                 result.drawn_on.value,
                 f"{result.timings_ms['total']:.0f}",
             )
@@ -171,7 +171,7 @@ def _draw_without_cloud(
     return result
 
 
-def _deciding_metrics(decision: Decision, count: int = 2) -> str:
+def deciding_metrics(decision: Decision, count: int = 2) -> str:
     """Return the metrics that spoke loudest for the side that was chosen."""
     sign = 1 if decision.route is Route.CLOUD else -1
     loudest = sorted(decision.metrics.items(), key=lambda item: sign * item[1])[:count]

@@ -29,9 +29,10 @@ def examine(settings: Settings) -> dict[str, Any]:
         name: {"value": _plain(getattr(settings, name)), "source": settings.sources[name]}
         for name in OPTIONS
     }
-    for name, value in bundle.get("defaults", {}).items():
-        if effective[name]["value"] is None:
-            effective[name] = {"value": value, "source": "the bundle"}
+    for source, defaults in bundle.get("defaults", {}).items():
+        for name, value in defaults.items():
+            if effective[name]["value"] is None:
+                effective[name] = {"value": value, "source": source}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -112,11 +113,13 @@ def _contents(bundle: Bundle, threads: int | None) -> dict[str, Any]:
         "model": bundle.diffusion.model,
         "scheduler": bundle.diffusion.scheduler.get("_class_name"),
         "defaults": {
-            "share": bundle.router.default_share,
-            "size": f"{bundle.diffusion.width}x{bundle.diffusion.height}",
-            "steps": bundle.diffusion.steps,
-            "guidance": bundle.diffusion.guidance,
-            "threads": default_threads(),
+            "the bundle": {
+                "share": bundle.router.default_share,
+                "size": f"{bundle.diffusion.width}x{bundle.diffusion.height}",
+                "steps": bundle.diffusion.steps,
+                "guidance": bundle.diffusion.guidance,
+            },
+            "this machine": {"threads": default_threads()},
         },
         "components": [
             {

@@ -62,6 +62,11 @@ def main(
             traceback.print_exc()
         if isinstance(err, ExportError):
             raise click.ClickException(str(err)) from err
+        if isinstance(err, ModuleNotFoundError):
+            raise click.ClickException(
+                f"exporting needs the package {err.name!r}, which is not installed; run "
+                "pip install -c constraints.txt 'routet2i-edge[export]'"
+            ) from err
         raise click.ClickException(
             f"the export failed unexpectedly ({type(err).__name__}: {err}); run it with --debug "
             "and report what it prints"

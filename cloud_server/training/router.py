@@ -65,7 +65,7 @@ def train_router(
     seed: int,
     device: str,
     *,
-    prompts: int = 480,
+    prompts: int = 400,
     seeds: int = 2,
     calibration: int = 2000,
     edge: Path | None = None,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -238,21 +237,25 @@ def tiny_open_clip(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_killed_export_is_resumed(exported, tmp_path):
-    out = tmp_path / "bundle"
+def test_a_killed_export_leaves_the_old_bundle_and_is_resumed(copied):
+    weights = copied.out / "unet" / "model.onnx.data"
+    weights.write_bytes(b"\0" + weights.read_bytes()[1:])  # so that there is something to do
     command = [
-        sys.executable, "-m", "export", "-o", str(out), "--edge-model",
-        str(exported.job.pipeline.folder), "--router", str(exported.job.router.folder),
+        sys.executable, "-m", "export", "-o", str(copied.out), "--edge-model",
+        str(copied.pipeline.folder), "--router", str(copied.router.folder),
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    done = tmp_path / "bundle.partial" / "components.json"
-    while not done.exists() and process.poll() is None:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not out.exists()
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    partial = copied.out.with_name("bundle.partial")
+    while not (partial / "unet.work").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    open_bundle(copied.out, verify=False)
+    shutil.rmtree(copied.out)  # what is kept now is the killed export's own
+
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == f"{out}\n"
-    assert "kept" in finished.stderr.splitlines()[1]
-    open_bundle(out)
+    assert finished.stdout == f"{copied.out}\n"
+    kept = [line.endswith("kept") for line in finished.stderr.splitlines()[1:]]
+    assert kept == [True, True, False, False]
+    open_bundle(copied.out)

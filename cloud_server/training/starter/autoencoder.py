@@ -60,11 +60,10 @@ def train_autoencoder(out: Path, work: Path, budget: Budget, seed: int, device: 
     def save(ready: AutoencoderTiny) -> None:
         out.mkdir(parents=True, exist_ok=True)
         pictures = next(batches(seed + 1, 64))[0]
-        with torch.inference_mode():
+        with torch.no_grad():
             truth = to_tensor(pictures).to(device)
-            latents = ready.encode(truth).latents
-            result = ready.decode(latents).sample.clamp(-1, 1)
-        ready.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 4))
+            whiten(ready, truth)
+            result = ready.decode(ready.encode(truth).latents).sample.clamp(-1, 1)
         ready.save_pretrained(out)
         psnr = 10 * torch.log10(4 / (result - truth).square().mean((1, 2, 3))).mean().item()
         print(f"\nautoencoder: PSNR {psnr:.2f} dB on 64 fresh scenes", flush=True)
@@ -82,6 +81,26 @@ def train_autoencoder(out: Path, work: Path, budget: Budget, seed: int, device: 
         ema=0.998,
         on_checkpoint=save,
     )
+
+
+def whiten(vae: AutoencoderTiny, pictures: Tensor) -> None:
+    """Give the latent channels zero mean and unit covariance over `pictures` (B, 3, H, W).
+
+    The change of basis is folded into the encoder's last convolution and the decoder's first. A
+    plain autoencoder lets two directions carry most of the variance (8.4 and 1.8 here, against 0.04
+    for the least); the noise of diffusion then drowns the others, which hold the shapes.
+    """
+    channels = vae.encode(pictures).latents.transpose(0, 1).flatten(1).double()  # (C, N)
+    mean = channels.mean(1)
+    values, vectors = torch.linalg.eigh(torch.cov(channels))
+    whitening = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    inverse = vectors @ torch.diag(values.sqrt()) @ vectors.T
+    last, first = vae.encoder.layers[-1], vae.decoder.layers[0]
+    last.weight.copy_(torch.einsum("ij,jchw->ichw", whitening, last.weight.double()))
+    last.bias.copy_(whitening @ (last.bias.double() - mean))
+    kernel = first.weight.double()
+    first.bias.copy_(first.bias + torch.einsum("ojhw,j->o", kernel, mean))
+    first.weight.copy_(torch.einsum("ojhw,ji->oihw", kernel, inverse))
 
 
 def _crops(seed: int, step: int) -> np.ndarray:
