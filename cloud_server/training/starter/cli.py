@@ -7,10 +7,12 @@ from pathlib import Path
 import click
 
 from cloud_server.training.loop import Budget
+from cloud_server.training.starter.scenes import FontMissing
 
 # Minutes on two cores after which each stage is worth shipping; a GPU needs far fewer.
 DEFAULT_MINUTES = {"clip": 30.0, "autoencoder": 30.0, "edge": 40.0, "cloud": 60.0, "router": 3.0}
 STAGES = ("scenes", "tokenizer", *DEFAULT_MINUTES)
+CLIP_WEIGHTS = "open_clip_model.safetensors"
 
 
 @click.command("train-starter")
@@ -60,12 +62,31 @@ def train_starter(
             continue
         default = None if steps else DEFAULT_MINUTES.get(stage, 1.0)
         budget = Budget(steps=steps, minutes=minutes or default)
+        _check_earlier_stages(stage, out, work)
         click.echo(f"{stage}: on {chosen}, seed {seed}", err=True)
-        run_stage(stage, out, work, budget, seed, chosen)
+        try:
+            run_stage(stage, out, work, budget, seed, chosen)
+        except FontMissing as err:
+            raise click.ClickException(str(err)) from err
+
+
+def _check_earlier_stages(stage: str, out: Path, work: Path) -> None:
+    needed = {
+        "clip": {"tokenizer": out / "clip" / "tokenizer.json"},
+        "edge": {"clip": out / "clip" / CLIP_WEIGHTS, "autoencoder": work / "autoencoder"},
+        "cloud": {"clip": out / "clip" / CLIP_WEIGHTS, "autoencoder": work / "autoencoder"},
+        "router": {"edge": out / "edge", "cloud": out / "cloud"},
+    }
+    for earlier, path in needed.get(stage, {}).items():
+        if not path.exists():
+            raise click.ClickException(
+                f"stage {stage} needs {path}, which stage {earlier} writes; "
+                f"run cloud-server train-starter {earlier} first, with the same --out and --work"
+            )
 
 
 def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
-    """Run one stage; raises FontMissing, or FileNotFoundError when an earlier stage is missing."""
+    """Run one stage; raises FontMissing where scenes are drawn without their font."""
     from cloud_server.training.router import train_router
     from cloud_server.training.starter.autoencoder import train_autoencoder
     from cloud_server.training.starter.clip import train_clip

@@ -67,8 +67,8 @@ class Size:
 
 SIZES = {
     # So small a model spends its training where it can succeed.
-    "edge": Size((48, 96), 8, 4.0, emphasis=(3.0, 2.0, 1.0, 0.5, 0.5)),
-    "cloud": Size((96, 192), 12, 4.0, emphasis=(1.0, 1.0, 1.0, 1.0, 1.0)),
+    "edge": Size((48, 96), 8, 3.0, emphasis=(3.0, 2.0, 1.0, 0.5, 0.5)),
+    "cloud": Size((96, 192), 12, 3.0, emphasis=(1.0, 1.0, 1.0, 1.0, 1.0)),
 }
 
 

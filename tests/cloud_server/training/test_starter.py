@@ -74,6 +74,13 @@ def test_an_unknown_stage_is_refused_by_name():
     assert "paint" in run.output
 
 
+def test_a_stage_without_the_one_before_it_is_refused_by_name(tmp_path):
+    folders = ["-o", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    run = CliRunner().invoke(train_starter, ["cloud", *folders])
+    assert run.exit_code == 1
+    assert "run cloud-server train-starter clip first" in run.output
+
+
 def test_the_committed_models_share_one_text_encoder_and_one_autoencoder():
     edge, cloud = starter_folder() / "edge", starter_folder() / "cloud"
     for part in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
