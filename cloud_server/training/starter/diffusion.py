@@ -199,9 +199,17 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path, size: Size) -
     defaults = {"width": 128, "height": 128, "steps": size.steps, "guidance": size.guidance}
     (partial / "defaults.json").write_text(json.dumps(defaults) + "\n")
     _halve_weights(partial)
+    _forget_origin(partial / "vae" / "config.json")
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
+
+
+def _forget_origin(config: Path) -> None:
+    """Drop the path of the machine it was trained on, which diffusers writes into a config."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _halve_weights(folder: Path) -> None:
