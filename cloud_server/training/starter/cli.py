@@ -9,7 +9,7 @@ import click
 from cloud_server.training.loop import Budget
 from cloud_server.training.starter.scenes import FontMissing
 
-# Minutes on two cores after which each stage is worth shipping; a GPU needs far fewer.
+# Where to start from on two idle cores; the diffusion models were not yet good after as long.
 DEFAULT_MINUTES = {"clip": 30.0, "autoencoder": 30.0, "edge": 40.0, "cloud": 60.0, "router": 3.0}
 STAGES = ("scenes", "tokenizer", *DEFAULT_MINUTES)
 CLIP_WEIGHTS = "open_clip_model.safetensors"

@@ -75,7 +75,7 @@ SIZES = {
 def build_unet(size: Size, text_width: int) -> UNet2DConditionModel:
     """Return an untrained UNet on 16x16 latents with attention at the 8x8 level only.
 
-    Attention at 16x16 doubles the time of a training step on a CPU and was not needed.
+    Attention at 16x16 about doubles the time of a training step on a CPU.
     """
     unet = UNet2DConditionModel(
         sample_size=16,
