@@ -3,10 +3,11 @@
 Its frozen text tower conditions both diffusion models and feeds the router; its picture tower
 measures quality. Both are learnt together first, until the text tower is locked, as the diffusion
 models will need it. Then a convolutional picture tower takes the place of the first one and learns
-mostly about quality: so far it sees blur better than the transformer did (AUROC 0.75 against 0.54),
-and low resolution, lost detail, warping and cuts hardly at all. Of the text tower, only the embeddings of the metrics' own words (hazy, sharp) learn anew, as captions
-never use them: by then all ten pairs lie in nearly one direction, good against bad, and a picture
-tower alone cannot part them.
+mostly about quality: so far it sees blur better than the transformer (AUROC 0.75 against 0.54),
+and low resolution, lost detail, warping and cuts hardly at all. Of the text tower, only the
+embeddings of the metrics' own words (hazy, sharp) learn anew, as captions never use them: by then
+all ten pairs lie in nearly one direction, good against bad, and a picture tower alone cannot part
+them.
 Captions with one thing wrong (colours, sides, counts, nouns, places) stand in every batch, because
 a contrastive encoder otherwise forgets word order.
 """
