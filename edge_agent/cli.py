@@ -19,7 +19,7 @@ import click
 
 from edge_agent.config import OPTIONS, Settings, resolve
 from edge_agent.errors import AgentError, Cancelled, ConfigError
-from edge_agent.types import Cancellation, Event, Fallback, OnEvent, Queued, Step
+from edge_agent.types import Cancellation, Decision, Event, Fallback, OnEvent, Queued, Step
 
 if TYPE_CHECKING:
     from edge_agent.agent import EdgeAgent
@@ -106,6 +106,8 @@ def route(state: State, /, prompts: tuple[str, ...], file: str | None, **flags: 
                 _print_json(decision_to_json(prompt, decision, timings_ms))
             else:
                 click.echo(f"{decision.route.value:<5}  {decision.score:.3f}  {prompt}")
+            if not settings.quiet:
+                _note_ignored(decision)
     if not (settings.json or settings.quiet):
         _note(f"cloud above score {decision.threshold:.3f}, at a share of {decision.share:g}")
 
@@ -126,6 +128,8 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
     check_folder(_output_file(settings.output, request.prompt, 0))
     with _open_agent(settings) as agent, _progress(settings.quiet) as on_event:
         result = _cancellable(lambda flag: agent.generate(request, on_event, flag))
+    if not settings.quiet:
+        _note_ignored(result.decision)
     file = _output_file(settings.output, result.prompt, result.picture.seed)
     write_png(file, result.picture.image, png_record(result))
     if settings.json:
@@ -308,6 +312,11 @@ def _progress(quiet: bool) -> Iterator[OnEvent]:
 def _tell(event: Event, quiet: bool) -> None:
     if isinstance(event, Fallback) and not quiet:
         _note(f"drawing on the {event.to.value} instead: {event.reason}")
+
+
+def _note_ignored(decision: Decision) -> None:
+    if count := decision.ignored_tokens:
+        _note(f"the prompt is longer than the model reads; its last {count} tokens were ignored")
 
 
 def _note(message: str) -> None:

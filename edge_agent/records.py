@@ -75,6 +75,7 @@ def _decision(decision: Decision) -> dict[str, Any]:
         "share": decision.share,
         "reason": decision.reason,
         "metrics": _rounded(decision.metrics, 6),
+        "ignored_tokens": decision.ignored_tokens,
     }
 
 

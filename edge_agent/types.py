@@ -41,7 +41,8 @@ class Decision:
     """Where a prompt goes and why. Cloud if and only if `score > threshold` on route `auto`.
 
     `prs` is the Pareto relative superiority of the edge (above 0.5: edge better), `score` is
-    1 - prs, `threshold` is 1 - alpha of the paper's section 5.2, `metrics` holds D_i by name.
+    1 - prs, `threshold` is 1 - alpha of the paper's section 5.2, `metrics` holds D_i by name,
+    `ignored_tokens` counts the end of a prompt that is longer than the text encoder reads.
     """
 
     route: Route
@@ -51,6 +52,7 @@ class Decision:
     threshold: float
     share: float
     metrics: Mapping[str, float]
+    ignored_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,12 @@ SUPPORTED = {
     ),
 }
 DESCRIPTIONS = {"text_encoder": "config.json", "scheduler": "scheduler_config.json"}
-# UNet settings whose extra inputs the device does not feed.
-EXTRA_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
+# UNet settings that ask for inputs which the device does not feed, but for those values.
+EXTRA_INPUTS = {
+    "addition_embed_type": (None, "text"),  # "text" pools the caption's states inside the network
+    "class_embed_type": (None,),
+    "encoder_hid_dim_type": (None,),
+}
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 7.5
 
 
@@ -123,8 +127,8 @@ def open_pipeline(source: str, name: str | None = None) -> Pipeline:
                 f"supported: {', '.join(supported)}"
             )
     unet = read_json(folder / "unet" / "config.json")
-    for extra in EXTRA_INPUTS:
-        if unet.get(extra) is not None:
+    for extra, fed in EXTRA_INPUTS.items():
+        if unet.get(extra) not in fed:
             raise ExportError(
                 f"the unet of '{source}' has {extra}={unet[extra]!r}, which the device cannot "
                 "feed; choose a text-to-image model of the Stable Diffusion 1 or 2 family"

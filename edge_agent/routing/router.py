@@ -55,7 +55,9 @@ class Router:
         route = Route.CLOUD if score > self.threshold else Route.EDGE
         metrics = dict(zip(self._names, distances, strict=True))
         reason = explain(score, self.threshold, self.share, metrics)
-        return Decision(route, reason, prs, score, self.threshold, self.share, metrics)
+        return Decision(
+            route, reason, prs, score, self.threshold, self.share, metrics, encoded.dropped
+        )
 
 
 def explain(score: float, limit: float, share: float, metrics: Mapping[str, float]) -> str:

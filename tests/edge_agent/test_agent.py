@@ -11,6 +11,7 @@ from PIL import Image
 
 from edge_agent.agent import EdgeAgent, LazyCloud
 from edge_agent.bundle import open_bundle
+from edge_agent.cloud.client import CloudClient
 from edge_agent.errors import (
     AgentError,
     BundleError,
@@ -32,6 +33,7 @@ from edge_agent.types import (
     Route,
     Step,
 )
+from tests.wire import server_process
 
 EASY, HARD = "a cat", "two red cats and a dog and the house"
 SwapUnet = Callable[..., None]
@@ -137,6 +139,26 @@ def test_a_cloud_without_a_picture_is_replaced_by_the_edge(
     assert events[0] == Fallback(Route.EDGE, str(error))
     assert events[1] == Step(1, 4)
     assert result.picture.seed == 3
+
+
+def test_a_server_killed_in_the_middle_of_a_picture_still_ends_in_one(
+    make_agent: MakeAgent,
+) -> None:
+    events: list[Event] = []
+    with server_process() as server:
+
+        def kill(event: Event) -> None:
+            events.append(event)
+            if isinstance(event, Step):  # of the server while it lives, then of the device
+                server.process.kill()
+
+        agent = make_agent(cloud=CloudClient(server.address))
+        result = agent.generate(Request(HARD, seed=3, route=Route.CLOUD), kill)
+    assert (result.drawn_on, result.fallback_from) == (Route.EDGE, Route.CLOUD)
+    assert result.fallback_reason is not None
+    assert server.address in result.fallback_reason
+    before = events[: events.index(Fallback(Route.EDGE, result.fallback_reason))]
+    assert any(isinstance(event, Step) for event in before)
 
 
 def test_without_a_cloud_a_hard_prompt_is_drawn_here_and_says_why(make_agent: MakeAgent) -> None:

@@ -72,16 +72,29 @@ def guarded(program: str, bundle: Path, folder: Path) -> subprocess.CompletedPro
 
 
 def test_route_prints_one_json_object_a_line(command: Command) -> None:
-    done = command("route", "--json", "a cat", HARD)
+    done = command("route", "--json", "--quiet", "a cat", HARD)
     easy, hard = map(json.loads, done.stdout.splitlines())
     assert done.returncode == 0
     assert done.stderr == ""
     assert list(easy) == [
-        "prompt", "route", "prs", "score", "threshold", "share", "reason", "metrics", "timings_ms",
+        "prompt", "route", "prs", "score", "threshold", "share", "reason", "metrics",
+        "ignored_tokens", "timings_ms",
     ]  # fmt: skip
     assert (easy["route"], hard["route"]) == ("edge", "cloud")
     assert set(hard["metrics"]) == {"Definition", "Sharpness", "Layout"}
     assert set(hard["timings_ms"]) == {"open", "decide"}
+
+
+def test_the_end_of_a_prompt_that_is_too_long_is_ignored_aloud(
+    command: Command, tmp_path: Path
+) -> None:
+    long = "a cat and " * 40
+    note = "the prompt is longer than the model reads; its last"
+    assert note in command("route", long).stderr
+    assert note in command("generate", long, "--offline", "-o", "a.png").stderr
+    done = command("route", "--json", "--quiet", long)
+    assert json.loads(done.stdout)["ignored_tokens"] > 0
+    assert done.stderr == ""
 
 
 def test_route_reads_prompts_from_a_file_and_from_stdin(

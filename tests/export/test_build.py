@@ -166,6 +166,31 @@ def test_an_output_that_cannot_be_written_is_one_sentence(exported):
         export_bundle(replace(exported.job, out=Path("/dev/null/bundle")))
 
 
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_bundle(copied):
+    weights = copied.out / "unet" / "model.onnx.data"
+    weights.write_bytes(b"\0" + weights.read_bytes()[1:])  # so that there is something to do
+    before = {file: file.read_bytes() for file in copied.out.rglob("*") if file.is_file()}
+    # A limit on file size is the full disk that needs no mount: the same write fails midway.
+    limit = len(weights.read_bytes()) // 2
+    program = (
+        "import resource, runpy; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "runpy.run_module('export', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [
+            sys.executable, "-c", program, "-o", str(copied.out), "--edge-model",
+            str(copied.pipeline.folder), "--router", str(copied.router.folder),
+        ],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"cannot write the bundle to '{copied.out}'" in done.stderr
+    assert {file: file.read_bytes() for file in before} == before
+
+
 def test_pndm_becomes_a_solver_the_device_has(exported, tmp_path, copied):
     folder = tiny.make_pipeline(tmp_path / "pndm")
     index = json.loads((folder / "model_index.json").read_text())

@@ -71,12 +71,12 @@ def test_open_clip_opens_the_folder_with_its_tokenizer(folder, model):
 
 @needs_font
 def test_a_batch_depends_on_seed_and_step_alone():
-    first, again, other = (clip._batch(3, step, 0.5) for step in (5, 5, 6))
+    first, again, other = (clip._batch(3, step) for step in (5, 5, 6))
     assert (first[0] == again[0]).all()
     assert first[1] == again[1]
     assert torch.equal(first[2], again[2])
     assert first[1] != other[1]
-    assert len(first[1]) == 2 * len(first[0])
+    assert len(first[1]) == len(first[0]) == 2 * len(first[3])
 
 
 @needs_font
@@ -85,6 +85,16 @@ def test_the_committed_weights_know_the_world(model, tokenizer):
     assert report["retrieval"] > 0.4  # of 256 captions; chance is 0.004
     assert report["fooled"] < 0.3  # by a caption with one thing wrong; chance is 0.5
     assert report["auroc"] > 0.6  # mean over the metrics at strength 0.5; chance is 0.5
+
+
+def test_states_that_hold_their_tokens_are_recalled_best(tokenizer):
+    tokens = encode(tokenizer, PROMPTS)
+    recall = clip.Recall(len(tokenizer))
+    codes = torch.nn.functional.normalize(recall.codes, dim=-1)
+    told = sum(torch.nn.functional.pad(codes[k][tokens], (0, 0, k, 0))[:, : tokens.shape[1]]
+               for k in range(clip.REMEMBERED))  # fmt: skip
+    silent = torch.randn(told.shape, generator=torch.Generator().manual_seed(0))
+    assert recall(told, tokens) < 0.5 * recall(silent, tokens)
 
 
 @needs_font
@@ -96,6 +106,9 @@ def test_training_writes_a_folder_and_resumes(tmp_path, monkeypatch):
     for steps in (2, 3):
         clip.train_towers(out, work, Budget(steps=steps), seed=0, device="cpu")
     assert torch.load(work / "clip.pt", weights_only=True)["step"] == 3
+    before = clip.load_clip(out)
+    clip.train_recall(out, work, Budget(steps=2), seed=0, device="cpu")
+    assert not torch.equal(before.positional_embedding, clip.load_clip(out).positional_embedding)
     both = clip.load_clip(out)
     clip.train_picture_tower(out, work, Budget(steps=2), seed=0, device="cpu")
     better = clip.load_clip(out)
