@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-CHECKPOINT_EVERY_S = 180.0
+CHECKPOINT_EVERY_S = 300.0
 BAR = "{desc}: {percentage:5.1f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
 
 

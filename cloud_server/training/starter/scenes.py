@@ -50,6 +50,7 @@ PLACES: Final = {
 COUNTS: Final = {1: "a", 2: "two", 3: "three", 4: "four"}
 PREFIXES: Final = ("", "a picture of ", "a photo of ", "an image of ", "a drawing of ")
 TOTALS: Final = (0.34, 0.28, 0.18, 0.12, 0.08)
+GRID: Final = 16  # cells a side that boxes are made of, as many as an encoded picture has
 SIZES: Final = {"small": 0.52, None: 0.82, "big": 1.1}
 _OPPOSITE: Final = dict(zip(RELATIONS, (*RELATIONS[1::-1], *RELATIONS[:1:-1]), strict=True))
 _UNPLACED: Final = ("white", "sky", "grass", "snow", "beach", "sunset")
@@ -161,14 +162,18 @@ def _cells(rng: np.random.Generator, count: int, area: Box) -> list[Box]:
 
 
 def _box(rng: np.random.Generator, cell: Box, size: str | None) -> Box:
-    """A square box in a cell, of the size asked for, a little off its middle, inside the frame."""
-    x0, y0, x1, y1 = cell
-    side = min(min(x1 - x0, y1 - y0, 0.76) * SIZES[size] * rng.uniform(0.93, 1.07), 0.92)
-    loose_x, loose_y = max(x1 - x0 - side, 0.04), max(y1 - y0 - side, 0.04)
-    x = (x0 + x1 - side) / 2 + loose_x * rng.uniform(-0.3, 0.3)
-    y = (y0 + y1 - side) / 2 + loose_y * rng.uniform(-0.3, 0.3)
-    x, y = (float(np.clip(v, 0.01, 0.99 - side)) for v in (x, y))
-    return x, y, x + side, y + side
+    """A square box in a cell, of the size asked for, a little off its middle, inside the frame.
+
+    Boxes lie on the grid of the autoencoder's latents: off it, every shift by a pixel gives a
+    glyph other latents, and a small diffusion model has a hundred times as much to learn.
+    """
+    x0, y0, x1, y1 = (GRID * edge for edge in cell)
+    side = round(min(x1 - x0, y1 - y0, 0.76 * GRID) * SIZES[size])
+    loose_x, loose_y = max(x1 - x0 - side, 0.0), max(y1 - y0 - side, 0.0)
+    x = round((x0 + x1 - side) / 2 + loose_x * rng.uniform(-0.3, 0.3))
+    y = round((y0 + y1 - side) / 2 + loose_y * rng.uniform(-0.3, 0.3))
+    x, y = (min(max(v, 0), GRID - side) for v in (x, y))
+    return x / GRID, y / GRID, (x + side) / GRID, (y + side) / GRID
 
 
 def _layout(
