@@ -38,7 +38,7 @@ from transformers import CLIPTokenizer  # noqa: E402
 BATCH = 32
 SCENES = 32_768
 CAPTIONLESS = 0.1  # share of examples with the empty caption, for classifier-free guidance
-LEVEL_MEAN, LEVEL_STD = 0.2, 1.3  # of log(noise / signal) in training
+LEVEL_MEAN, LEVEL_STD = 0.8, 1.1  # of log(noise / signal) in training
 SAMPLE_PROMPTS = (
     "a dog on grass",
     "a red car on the beach",
@@ -90,6 +90,7 @@ def build_unet(size: Size, text_width: int) -> UNet2DConditionModel:
         cross_attention_dim=text_width,
         attention_head_dim=4,  # in this class the number of heads
         norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",  # a mere shift is half undone by the norm after it
         addition_embed_type="text",
         addition_embed_type_num_heads=8,
     )
@@ -174,7 +175,7 @@ def train_diffusion(
         name,
         unet,
         loss_fn,
-        lr=6e-4,
+        lr=1e-3,
         budget=budget,
         work=work,
         device=device,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from cloud_server.starter import starter_folder
 from cloud_server.torchvision_guard import guard
@@ -61,11 +62,16 @@ def test_both_models_are_conditioned_by_the_one_text_encoder(trained):
     assert edge.read_bytes() == cloud.read_bytes()
 
 
+SHEETS = {
+    "scenes": (1024, 768), "autoencoder": (1024, 512), "edge": (512, 384), "cloud": (512, 384),
+}  # fmt: skip
+
+
 @needs_font
 @pytest.mark.slow
 def test_stages_leave_sheets_to_look_at(trained):
-    for name in ("scenes", "autoencoder", "edge", "cloud"):
-        assert (trained / "work" / f"{name}.png").stat().st_size > 10_000
+    sheets = {name: Image.open(trained / "work" / f"{name}.png").size for name in SHEETS}
+    assert sheets == SHEETS
 
 
 def test_an_unknown_stage_is_refused_by_name():
