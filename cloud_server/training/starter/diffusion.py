@@ -175,7 +175,7 @@ def train_diffusion(
         name,
         unet,
         loss_fn,
-        lr=1e-3,
+        lr=3e-3,
         budget=budget,
         work=work,
         device=device,
