@@ -70,8 +70,9 @@ SHEETS = {
 @needs_font
 @pytest.mark.slow
 def test_stages_leave_sheets_to_look_at(trained):
-    sheets = {name: Image.open(trained / "work" / f"{name}.png").size for name in SHEETS}
-    assert sheets == SHEETS
+    for name, size in SHEETS.items():
+        with Image.open(trained / "work" / f"{name}.png") as sheet:
+            assert sheet.size == size
 
 
 def test_an_unknown_stage_is_refused_by_name():
