@@ -165,7 +165,7 @@ def _box(rng: np.random.Generator, cell: Box, size: str | None) -> Box:
     """A square box in a cell, of the size asked for, a little off its middle, inside the frame.
 
     Boxes lie on the grid of the autoencoder's latents: off it, every shift by a pixel gives a
-    glyph other latents, and a small diffusion model has a hundred times as much to learn.
+    glyph other latents, which a small diffusion model would all have to learn.
     """
     x0, y0, x1, y1 = (GRID * edge for edge in cell)
     side = round(min(x1 - x0, y1 - y0, 0.76 * GRID) * SIZES[size])
