@@ -11,8 +11,8 @@ them.
 Captions with one thing wrong (colours, sides, counts, nouns, places) stand in every batch, because
 a contrastive encoder otherwise forgets word order.
 What conditions diffusion are the states of all tokens, and of these the contrast trains the last
-alone: 42 nouns then lie in 5 directions, next to "red" hardly differ, and the diffusion models draw
-blobs of the right colour. So every state then learns to recall its own token and those before it.
+alone: 42 nouns then lie in 5 directions and next to "red" hardly differ. So every state then learns
+to recall its own token and those before it. That alone did not make objects nameable.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Recall(nn.Module):
     """Reads the last tokens from each token's state; needed in training only.
 
     State and codes are compared by angle, so that tokens must lie far apart in the states
-    themselves: the cross-attention of a small UNet cannot amplify what lies close together.
+    themselves, and not only where a free linear reader could still part them.
     """
 
     def __init__(self, vocabulary: int) -> None:
