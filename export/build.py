@@ -180,6 +180,12 @@ def _texts(job: Job) -> tuple[TextSource, TextSource]:
             f"but the text encoder in '{job.clip or job.pipeline.folder}' gives "
             f"{router.tower.width}; pass --clip and --router of one training"
         )
+    probe = job.router.spec["text_probe"]
+    if not text.gives(router, probe["prompt"], probe["state"]):
+        raise ExportError(
+            f"the router in '{job.router.folder}' was trained on another text encoder than "
+            f"'{job.clip or job.pipeline.folder}' has; pass --clip and --router of one training"
+        )
     return router, diffusion
 
 
@@ -232,6 +238,7 @@ def _manifest(
     pipeline, shared = job.pipeline, diffusion_text is router_text
     drawing = pipeline.drawing()
     side = pipeline.latent_size * pipeline.vae_scale
+    router = {key: value for key, value in job.router.spec.items() if key != "text_probe"}
     tokenizers = {"tokenizer": _tokenizer(writer, "tokenizer.json", router_text.tokenizer)}
     if not shared:
         tokenizers["tokenizer_diffusion"] = _tokenizer(
@@ -255,7 +262,7 @@ def _manifest(
             "max_size": GROWTH * max(side, drawing.width, drawing.height),
             "text_encoder": "text_encoder" if shared else "text_encoder_diffusion",
         },
-        "router": {**job.router.spec, "text_encoder": "text_encoder", "predictor": "predictor"},
+        "router": {**router, "text_encoder": "text_encoder", "predictor": "predictor"},
     }
 
 

@@ -164,6 +164,11 @@ def open_router(folder: Path) -> RouterFolder:
             f"the router in '{folder}' predicts {config.get('experts')} metrics, but its "
             f"router.json names {len(spec.get('metrics', ()))}; train it again"
         )
+    if len(spec.get("text_probe", {}).get("state", ())) != config["width"]:
+        raise ExportError(
+            f"the router.json in '{folder}' has no text_probe to know its text encoder by; "
+            "train it again with cloud-server train-starter router"
+        )
     return RouterFolder(folder, int(config["width"]), spec)
 
 

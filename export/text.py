@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -120,6 +121,17 @@ def read_tokenizer(folder: Path, longest: int) -> TextTokenizer:
     core.no_padding()
     core.no_truncation()
     return TextTokenizer(core.to_str(), context_length, int(tokenizer.pad_token_id), probes)
+
+
+@torch.inference_mode()
+def gives(source: TextSource, prompt: str, state: Sequence[float]) -> bool:
+    """Tell whether the end token of `prompt` gets this state (d,), within half precision."""
+    tokenizer = Tokenizer.from_str(source.tokenizer.json)
+    ids = tokenizer.encode(prompt).ids
+    padding = [source.tokenizer.pad_id] * (source.tokenizer.context_length - len(ids))
+    pooled = source.tower(torch.tensor([ids + padding]))[1][0]
+    wanted = torch.tensor(state)
+    return bool(cosine_similarity(pooled, wanted, dim=0) >= SAME_COSINE)
 
 
 @torch.inference_mode()

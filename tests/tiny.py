@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -151,8 +152,18 @@ def make_pipeline(
     return folder
 
 
-def make_router(folder: Path, seed: int = 0, *, text_width: int = 32) -> Path:
-    """Write a random predictor and a plausible router.json, and return `folder`."""
+def make_router(folder: Path, seed: int = 0, *, text_seed: int = 0, text_width: int = 32) -> Path:
+    """Write a random predictor and a plausible router.json, and return `folder`.
+
+    It goes with the text encoder that `make_pipeline` gives to the same `text_seed`.
+    """
+    with TemporaryDirectory() as scratch:
+        tokenizer = make_tokenizer(Path(scratch))
+    prompt = "two red apples to the left of a cat"
+    encoder = make_text_encoder(len(tokenizer), text_seed, text_width)
+    with torch.inference_mode():
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        state = encoder(ids).last_hidden_state[0, -1].tolist()
     torch.manual_seed(seed)
     config = PredictorConfig(width=text_width, hidden=text_width, low_rank=4, top_k=4)
     Predictor(config).save(folder)
@@ -176,7 +187,7 @@ def make_router(folder: Path, seed: int = 0, *, text_width: int = 32) -> Path:
         "top_k": config.top_k,
         "edge_model": "tiny-edge",
         "cloud_model": "tiny-cloud",
-        "text_encoder_sha256": "0" * 64,
+        "text_probe": {"prompt": prompt, "state": state},
         "seed": seed,
     }
     (folder / "router.json").write_text(json.dumps(router, indent=1), encoding="utf-8")

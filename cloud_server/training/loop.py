@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +60,12 @@ def fit(
     ema: float | None = None,
     warmup: int = 200,
     weight_decay: float = 0.01,
+    hidden: Sequence[Tensor] = (),
     on_checkpoint: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Train `model` with AdamW, warm-up and cosine decay, and return it (its average if `ema`).
+
+    Muon takes the place of AdamW for the weights in `hidden`, if any.
 
     `loss_fn(step)` draws its data from a generator seeded by the step, so that a resumed run sees
     what an uninterrupted one would have seen. State lives in `work/<name>.pt`, replaced atomically.
@@ -70,13 +74,20 @@ def fit(
     work.mkdir(parents=True, exist_ok=True)
     state_file = work / f"{name}.pt"
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    by_muon = {id(weight) for weight in hidden}
+    others = [weight for weight in model.parameters() if id(weight) not in by_muon]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay)
+    ]
+    if hidden:
+        optimizers.append(KernelMuon(hidden, lr=lr, weight_decay=weight_decay))
     average = _Average(model, ema) if ema else None
     step, elapsed_s = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         step, elapsed_s = state["step"], state["elapsed_s"]
         if average:
             average.load(state["average"])
@@ -84,7 +95,7 @@ def fit(
     def checkpoint() -> None:
         state = {
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step,
             "elapsed_s": elapsed_s,
             "average": average.weights if average else None,
@@ -101,13 +112,15 @@ def fit(
     with tqdm(total=100.0, desc=name, mininterval=2.0, bar_format=BAR) as bar:
         while (progress := budget.progress(step, elapsed_s)) < 1.0:
             rate = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
-            for group in optimizer.param_groups:
-                group["lr"] = max(rate, lr * 0.01)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = max(rate, lr * 0.01)
             loss, shown = loss_fn(step)
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             step += 1
             if average:
                 average.update(model, step)
@@ -123,6 +136,36 @@ def fit(
     if average:
         average.copy_to(model)
     return model.eval()
+
+
+class KernelMuon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024) for matrices and for convolution kernels, taken as matrices.
+
+    Updates have the size of AdamW's (Liu et al. 2025, section 2.2), so that both share a rate.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+        self.weights = weights
+        matrices = [nn.Parameter(_matrix(weight.data)) for weight in weights]
+        for matrix, weight in zip(matrices, weights, strict=True):
+            if matrix.data_ptr() != weight.data_ptr():
+                raise ValueError(f"no matrix views a weight of strides {weight.stride()}")
+        super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, closure: Any = None) -> Any:
+        """Move every weight by its own gradient."""
+        matrices = self.param_groups[0]["params"]
+        for matrix, weight in zip(matrices, self.weights, strict=True):
+            matrix.grad = None if weight.grad is None else _matrix(weight.grad).contiguous()
+        return super().step(closure)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Return (out, in) as it is and (out, in, h, w) as (out, h * w * in): a view if channels last.
+
+    Muon makes updates orthogonal, in which the order of columns plays no part.
+    """
+    return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
 
 
 class _Average:

@@ -6,7 +6,6 @@ digest comes from many fresh prompts that no picture was made for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -43,6 +42,7 @@ BATCH = 64
 MAX_STEPS = 200  # after that some hundred prompts are learnt by heart
 HELD_OUT = 0.2
 DEFAULT_SHARE = 0.3
+PROBE = "two red apples to the left of a cat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def train_router(
         "top_k": model.config.top_k,
         "edge_model": f"{edge.name}@{digests[0][:12]}",
         "cloud_model": f"{cloud.name}@{digests[1][:12]}",
-        "text_encoder_sha256": _sha256(edge / "text_encoder" / "model.safetensors"),
+        "text_probe": {"prompt": PROBE, "state": text_state(edge, PROBE, device)},
         "seed": seed,
     }
     save_router(model, facts, out)
@@ -164,6 +164,13 @@ def encode(model: Path, prompts: Sequence[str], device: str) -> Features:
         masks.append(((position > 0) & (position < last)).float())
         hidden.append(encoder(tokens.input_ids.to(device)).last_hidden_state.cpu())
     return Features(torch.cat(hidden), torch.cat(masks))
+
+
+def text_state(model: Path, prompt: str, device: str) -> list[float]:
+    """Return the end token's state (d,): by it an export knows the text encoder of the router."""
+    features = encode(model, [prompt], device)
+    end = int(features.mask[0].sum()) + 1
+    return [round(value, 4) for value in features.hidden[0, end].tolist()]
 
 
 def fit_predictor(
@@ -247,8 +254,3 @@ def save_router(model: Predictor, facts: dict[str, Any], out: Path) -> None:
     if out.exists():
         shutil.rmtree(out)
     os.replace(partial, out)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -24,6 +24,7 @@ from edge_agent.bundle import open_bundle
 from export.build import export_bundle
 from export.errors import ExportError
 from export.sources import open_pipeline, open_router
+from export.text import PROBES, from_open_clip
 from tests import tiny
 
 NAMES = ["text_encoder", "predictor", "unet", "vae_decoder"]
@@ -152,6 +153,14 @@ def test_a_router_of_another_width_is_refused(exported, tmp_path):
     assert not job.out.exists()
 
 
+def test_a_router_of_another_text_encoder_is_refused(exported, tmp_path):
+    router = open_router(tiny.make_router(tmp_path / "router", text_seed=9))
+    job = replace(exported.job, router=router, out=tmp_path / "bundle")
+    with pytest.raises(ExportError, match=r"trained on another text encoder than .*; pass --clip"):
+        export_bundle(job)
+    assert not job.out.exists()
+
+
 def test_a_component_that_cannot_be_exported_is_named(copied, tmp_path):
     folder = tiny.make_pipeline(tmp_path / "broken")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
@@ -222,10 +231,16 @@ def test_a_foreign_model_brings_its_own_text_encoder_and_a_kl_decoder(copied, tm
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "defaults.json").unlink()
     clip = tiny_open_clip(tmp_path / "clip")
+    router = tiny.make_router(tmp_path / "router")
+    spec = json.loads((router / "router.json").read_text())
+    text = from_open_clip(clip)
+    with torch.inference_mode():
+        states = text.tower(text.tokenizer.probes[1:2])[1]
+    spec["text_probe"] = {"prompt": PROBES[1], "state": states[0].tolist()}
+    (router / "router.json").write_text(json.dumps(spec))
+    job = replace(copied, clip=clip, router=open_router(router), out=tmp_path / "foreign-b")
 
-    path, rows = export_bundle(
-        replace(copied, pipeline=open_pipeline(str(folder)), clip=clip, out=tmp_path / "foreign-b")
-    )
+    path, rows = export_bundle(replace(job, pipeline=open_pipeline(str(folder))))
     names = ["text_encoder", "text_encoder_diffusion", "predictor", "unet", "vae_decoder"]
     assert [row.component.name for row in rows] == names
     bundle = open_bundle(path)

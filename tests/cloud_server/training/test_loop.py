@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cloud_server.training.loop import Budget, fit
+from cloud_server.training.loop import Budget, KernelMuon, fit
 
 
 class Killed(Exception):
@@ -62,6 +62,35 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, ema):
         _fit(*_task(kill_at=25), tmp_path / "cut", 40, ema=ema)
     resumed = _fit(*_task(), tmp_path / "cut", 40, ema=ema)
     assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_a_killed_run_resumes_with_muon_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("cloud_server.training.loop.CHECKPOINT_EVERY_S", 0.0)
+
+    def train(folder: str, kill_at: int | None = None) -> nn.Module:
+        model, loss_fn = _task(kill_at)
+        return _fit(model, loss_fn, tmp_path / folder, 40, hidden=[model.weight])
+
+    whole = train("whole")
+    with pytest.raises(Killed):
+        train("cut", kill_at=25)
+    assert torch.equal(whole.weight, train("cut").weight)
+
+
+def test_muon_moves_a_kernel_in_place_by_an_orthogonal_step():
+    kernel = nn.Conv2d(8, 4, 3).to(memory_format=torch.channels_last).weight
+    before, where = kernel.detach().clone(), kernel.data_ptr()
+    optimizer = KernelMuon([kernel], lr=0.1, weight_decay=0.0)
+    kernel.grad = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert kernel.data_ptr() == where
+    values = torch.linalg.svdvals((kernel.detach() - before).flatten(1))
+    assert values.min() > 0.6 * values.max()
+
+
+def test_muon_refuses_a_kernel_it_cannot_see_as_a_matrix():
+    with pytest.raises(ValueError, match="no matrix views a weight of strides"):
+        KernelMuon([nn.Conv2d(8, 4, 3).weight], lr=0.1, weight_decay=0.0)
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):

@@ -134,7 +134,7 @@ def test_a_router_is_trained_from_two_model_folders(starter, tmp_path, capsys):
     assert router["gamma"] > 0
     assert (router["floor"], router["default_share"], router["seed"]) == (1e-3, 0.3, 0)
     assert router["edge_model"].startswith("edge@")
-    assert len(router["text_encoder_sha256"]) == 64
+    assert len(router["text_probe"]["state"]) == 32
     assert str(tmp_path) not in json.dumps(router)
     assert 0.5 <= threshold(router["score_digest"], 0.3) <= 1.0
     assert Predictor.load(out).config.top_k == router["top_k"]
