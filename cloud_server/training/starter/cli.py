@@ -9,8 +9,8 @@ import click
 from cloud_server.training.loop import Budget
 from cloud_server.training.starter.scenes import FontMissing
 
-# Where to start from on two idle cores; the diffusion models were not yet good after as long.
-DEFAULT_MINUTES = {"clip": 30.0, "autoencoder": 30.0, "edge": 40.0, "cloud": 60.0, "router": 3.0}
+# On two idle cores; one run of exactly this was not seen, see models/starter/CARD.md.
+DEFAULT_MINUTES = {"clip": 45.0, "autoencoder": 45.0, "edge": 90.0, "cloud": 120.0, "router": 3.0}
 STAGES = ("scenes", "tokenizer", *DEFAULT_MINUTES)
 CLIP_WEIGHTS = "open_clip_model.safetensors"
 

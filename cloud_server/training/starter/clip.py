@@ -12,7 +12,7 @@ Captions with one thing wrong (colours, sides, counts, nouns, places) stand in e
 a contrastive encoder otherwise forgets word order.
 What conditions diffusion are the states of all tokens, and of these the contrast trains the last
 alone: 42 nouns then lie in 5 directions and next to "red" hardly differ. So every state then learns
-to recall its own token and those before it. That alone did not make objects nameable.
+to recall its own token and those before it.
 """
 
 from __future__ import annotations
