@@ -100,10 +100,7 @@ def build_unet(size: Size, text_width: int) -> UNet2DConditionModel:
 
 
 def hidden_weights(unet: UNet2DConditionModel) -> list[Tensor]:
-    """Return the weights that Muon learns: all but the first and last layers and the embeddings.
-
-    Five minutes from nothing on scenes of one object, one seed: error 0.282, with AdamW 0.301.
-    """
+    """Return the weights that Muon learns: all but the first and last layers and the embeddings."""
     return [
         module.weight
         for name, module in unet.named_modules()
