@@ -10,7 +10,9 @@ from cloud_server.training.loop import Budget
 from cloud_server.training.starter.scenes import FontMissing
 
 # On two idle cores; one run of exactly this was not seen, see models/starter/CARD.md.
-DEFAULT_MINUTES = {"clip": 45.0, "autoencoder": 45.0, "edge": 90.0, "cloud": 120.0, "router": 3.0}
+DEFAULT_MINUTES = {
+    "judge": 45.0, "clip": 45.0, "autoencoder": 45.0, "edge": 90.0, "cloud": 120.0, "router": 3.0,
+}  # fmt: skip
 STAGES = ("scenes", "tokenizer", *DEFAULT_MINUTES)
 CLIP_WEIGHTS = "open_clip_model.safetensors"
 
@@ -50,6 +52,7 @@ def train_starter(
     """Train the STAGES (all, in order, when none is named) of the starter models.
 
     Each stage needs the ones before it: scenes, tokenizer, clip, autoencoder, edge, cloud, router.
+    The judge needs none and is needed by none: it only evaluates, and goes to WORK/judge.
     """
     import torch
 
@@ -91,6 +94,7 @@ def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, devi
     from cloud_server.training.starter.autoencoder import train_autoencoder
     from cloud_server.training.starter.clip import train_clip
     from cloud_server.training.starter.diffusion import train_diffusion
+    from cloud_server.training.starter.judge import train_judge
     from cloud_server.training.starter.scenes import write_sheet
     from cloud_server.training.starter.tokenizer import train_tokenizer
 
@@ -99,6 +103,8 @@ def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, devi
             write_sheet(work / "scenes.png", seed)
         case "tokenizer":
             train_tokenizer(out / "clip", seed)
+        case "judge":
+            train_judge(work / "judge", work, budget, seed, device)
         case "clip":
             train_clip(out / "clip", work, budget, seed, device)
         case "autoencoder":
