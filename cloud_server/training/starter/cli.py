@@ -1,11 +1,14 @@
-"""`cloud-server train-starter`: the starter models from nothing, stage by stage."""
+"""`cloud-server train-starter` and `evaluate-starter`: the starter models made and measured."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TextIO
 
 import click
 
+from cloud_server.errors import ModelError
 from cloud_server.training.loop import Budget
 from cloud_server.training.starter.scenes import FontMissing
 
@@ -113,3 +116,78 @@ def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, devi
             train_diffusion(stage, out, work, budget, seed, device)
         case "router":
             train_router(out, out / "router", work, budget, seed, device)
+
+
+@click.command("evaluate-starter")
+@click.option(
+    "--models",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("models/starter"),
+    show_default=True,
+    help="Folder of the models.",
+)
+@click.option(
+    "--judge",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("models/judge"),
+    show_default=True,
+    help="Folder of the judge, which train-starter writes to WORK/judge.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True)
+@click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one.")
+@click.option(
+    "--pictures",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Pictures of each kind for every number of objects; each model draws 15 times as many.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.File("w", encoding="utf-8", lazy=True),
+    help="Write the numbers as JSON to a file, or to - for stdout, instead of tables.",
+)
+@click.option(
+    "--card",
+    "card_file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="A Markdown file; what stands between its marks for numbers is replaced.",
+)
+def evaluate_starter(
+    models: Path,
+    judge: Path,
+    seed: int,
+    device: str | None,
+    pictures: int,
+    json_file: TextIO | None,
+    card_file: Path | None,
+) -> None:
+    """Measure the starter models on fresh scenes, each number with a 95 % interval."""
+    import torch
+
+    from cloud_server.training.starter.card import MARKERS, card, has_place, rewrite
+    from cloud_server.training.starter.evaluate import evaluate
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    command = (
+        f"cloud-server evaluate-starter --models {models} --judge {judge} --seed {seed} "
+        f"--device {chosen} --pictures {pictures}"
+    )
+    card_text = card_file.read_text(encoding="utf-8") if card_file else None
+    if card_text is not None and not has_place(card_text):
+        raise click.ClickException(
+            f"{card_file} has no place for the numbers; add the lines {' and '.join(MARKERS)}"
+        )
+    try:
+        report = {"command": command, **evaluate(models, judge, seed, chosen, pictures)}
+    except (FontMissing, ModelError) as err:
+        raise click.ClickException(str(err)) from err
+    numbers = card(report)
+    if json_file:
+        json.dump(report, json_file, indent=1, allow_nan=False)
+        json_file.write("\n")
+    else:
+        click.echo(numbers)
+    if card_file and card_text is not None:
+        card_file.write_text(rewrite(card_text, numbers), encoding="utf-8")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -23,10 +22,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cloud_server.errors import ModelError
 from cloud_server.training.loop import Budget, fit
 from cloud_server.training.starter.autoencoder import to_tensor
 from cloud_server.training.starter.degradations import degrade
-from cloud_server.training.starter.reading import MEASURES, Found, Reading
+from cloud_server.training.starter.reading import Found, Reading, shares
 from cloud_server.training.starter.scenes import (
     COLOURS,
     NOUNS,
@@ -119,7 +119,7 @@ def train_judge(out: Path, work: Path, budget: Budget, seed: int, device: str) -
         inputs = to_tensor(pictures).to(device)
         with torch.autocast(kind, dtype=torch.bfloat16):
             maps, guesses = model(inputs)
-        truth = torch.from_numpy(objects).to(device), torch.from_numpy(places).to(device)
+        truth = torch.as_tensor(objects).to(device), torch.as_tensor(places).to(device)
         return _loss(maps.float(), guesses.float(), *truth, vocabulary)
 
     def save(ready: nn.Module) -> None:
@@ -127,23 +127,15 @@ def train_judge(out: Path, work: Path, budget: Budget, seed: int, device: str) -
         judge = Judge(ready, vocabulary, device)
         judge.save(out)
         pictures, scenes = _scenes(np.random.default_rng([seed, 1]), FRESH)
-        shares = mean_shares(scenes, judge.read(pictures))
-        shown = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        right = shares(scenes, judge.read(pictures))
+        known = {name: values[~np.isnan(values)] for name, values in right.items()}
+        shown = ", ".join(f"{k} {v.mean():.1%}" for k, v in known.items() if len(v))
         print(f"\njudge: {shown} right on {FRESH} fresh scenes", flush=True)
 
     fit(
         "judge", model, loss_fn, lr=2e-3, budget=budget, work=work, device=device,
         ema=0.998, warmup=100, weight_decay=0.02, on_checkpoint=save,
     )  # fmt: skip
-
-
-def mean_shares(scenes: Sequence[Scene], readings: Sequence[Reading]) -> dict[str, float]:
-    """Return the mean of every measure over the scenes that ask for it; NaN if none does."""
-    pairs = list(zip(scenes, readings, strict=True))
-    return {
-        name: float(np.mean([v for s, r in pairs if (v := measure(s, r)) is not None] or np.nan))
-        for name, measure in MEASURES.items()
-    }
 
 
 def _scenes(rng: np.random.Generator, count: int) -> tuple[Pixels, list[Scene]]:
@@ -242,10 +234,10 @@ class Judge:
 
     @classmethod
     def open(cls, folder: Path, device: str = "cpu") -> Self:
-        """Read what `save` wrote; FileNotFoundError, saying what to do, where there is none."""
+        """Read what `save` wrote; ModelError, saying what to do, where there is none."""
         config = folder / "config.json"
         if not config.is_file():
-            raise FileNotFoundError(
+            raise ModelError(
                 f"there is no judge in '{folder}'; train one with cloud-server train-starter judge"
             )
         names = {k: tuple(v) for k, v in json.loads(config.read_text(encoding="utf-8")).items()}

@@ -5,9 +5,12 @@ A judged share is None where the scene does not ask for it, so that it stands in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cloud_server.training.starter.scenes import Box, Scene
 
@@ -123,3 +126,12 @@ MEASURES: Final[dict[str, Callable[[Scene, Reading], float | None]]] = {
     "relations": relation_right,
     "places": place_right,
 }
+
+
+def shares(scenes: Sequence[Scene], readings: Sequence[Reading]) -> dict[str, NDArray[np.float64]]:
+    """Return every measure of N scenes, (N,) each, NaN where a scene does not ask for it."""
+    pairs = list(zip(scenes, readings, strict=True))
+    return {
+        name: np.array([measure(*pair) for pair in pairs], np.float64)
+        for name, measure in MEASURES.items()
+    }
