@@ -56,7 +56,9 @@ def train_autoencoder(out: Path, work: Path, budget: Budget, seed: int, device: 
             # 2025, EQ-VAE), which makes them vary less from cell to cell.
             half = F.avg_pool2d(latents, 2).contiguous(memory_format=torch.channels_last)
             smaller = model.decoder(half).float()
-        difference = _difference(result, truth) + 0.25 * _difference(smaller, F.avg_pool2d(truth, 2))
+        difference = _difference(result, truth) + 0.25 * _difference(
+            smaller, F.avg_pool2d(truth, 2)
+        )
         channels = latents.transpose(0, 1).flatten(1)
         unit = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
         psnr = 10 * torch.log10(4 / F.mse_loss(result.detach(), truth))

@@ -11,8 +11,8 @@ from cloud_server.training.starter.scenes import FontMissing
 
 # On two idle cores; one run of exactly this was not seen, see models/starter/CARD.md.
 DEFAULT_MINUTES = {
-    "clip": 45.0, "autoencoder": 45.0, "cloud": 240.0, "edge": 120.0, "distil": 120.0,
-    "router": 3.0,
+    "judge": 45.0, "clip": 45.0, "autoencoder": 45.0, "cloud": 240.0, "edge": 120.0,
+    "distil": 120.0, "router": 3.0,
 }  # fmt: skip
 STAGES = ("scenes", "tokenizer", *DEFAULT_MINUTES)
 CLIP_WEIGHTS = "open_clip_model.safetensors"
@@ -52,7 +52,8 @@ def train_starter(
 ) -> None:
     """Train the STAGES (all, in order, when none is named) of the starter models.
 
-    Each stage needs the ones before it, except that edge and cloud do not need each other.
+    Each stage needs the ones before it, except that edge and cloud do not need each other. The
+    judge is needed by none: it only evaluates, and goes to WORK/judge.
     """
     import torch
 
@@ -96,6 +97,7 @@ def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, devi
     from cloud_server.training.starter.autoencoder import train_autoencoder
     from cloud_server.training.starter.clip import train_clip
     from cloud_server.training.starter.diffusion import distil, train_diffusion
+    from cloud_server.training.starter.judge import train_judge
     from cloud_server.training.starter.scenes import write_sheet
     from cloud_server.training.starter.tokenizer import train_tokenizer
 
@@ -104,6 +106,8 @@ def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, devi
             write_sheet(work / "scenes.png", seed)
         case "tokenizer":
             train_tokenizer(out / "clip", seed)
+        case "judge":
+            train_judge(work / "judge", work, budget, seed, device)
         case "clip":
             train_clip(out / "clip", work, budget, seed, device)
         case "autoencoder":
