@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 CHECKPOINT_EVERY_S = 300.0
@@ -46,6 +47,38 @@ class Budget:
         by_steps = step / self.steps if self.steps else 0.0
         by_time = elapsed_s / (60.0 * self.minutes) if self.minutes else 0.0
         return max(by_steps, by_time)
+
+
+T = TypeVar("T")
+
+
+class Prefetch(Dataset, Generic[T]):
+    """The data of a step, `make(step)`, made ahead in worker processes when a GPU waits for them.
+
+    A CPU has nothing to gain: there the step makes its own. Arrays come as tensors either way.
+    """
+
+    def __init__(self, make: Callable[[int], T], device: str) -> None:
+        self._make = make
+        self._workers = len(os.sched_getaffinity(0)) if device.startswith("cuda") else 0
+        self._coming: Iterator[T] | None = None
+        self._next = -1
+
+    def __getitem__(self, step: int) -> T:
+        torch.set_num_threads(1)  # the workers are as many as the cores
+        return self._make(step)
+
+    def __call__(self, step: int) -> T:
+        """Return the data of `step`; quick when steps come in order."""
+        if not self._workers:
+            return self._make(step)
+        if self._coming is None or step != self._next:
+            steps = range(step, 1 << 40)
+            self._coming = iter(
+                DataLoader(self, sampler=steps, batch_size=None, num_workers=self._workers)
+            )
+        self._next = step + 1
+        return next(self._coming)
 
 
 def fit(
@@ -181,11 +214,13 @@ class _Average:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for key, value in model.state_dict().items():
-            if value.is_floating_point():
-                self.weights[key].lerp_(value, 1.0 - decay)
-            else:
-                self.weights[key].copy_(value)
+        state = model.state_dict()
+        floats = [key for key, value in state.items() if value.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.weights[key] for key in floats], [state[key] for key in floats], 1.0 - decay
+        )
+        for key in state.keys() - floats:
+            self.weights[key].copy_(state[key])
 
     def copy_to(self, model: nn.Module) -> None:
         model.load_state_dict(self.weights)

@@ -39,7 +39,9 @@ guard()
 from transformers import CLIPTextModel, CLIPTokenizerFast  # noqa: E402  the guard must come first
 
 BATCH = 64
-MAX_STEPS = 200  # after that some hundred prompts are learnt by heart
+MAX_EPOCHS = 40  # after that some hundred prompts are learnt by heart
+PROMPTS = {"cpu": 400, "cuda": 3000}
+PICTURES = {"cpu": 16, "cuda": 128}  # drawn at once
 HELD_OUT = 0.2
 DEFAULT_SHARE = 0.3
 PROBE = "two red apples to the left of a cat"
@@ -65,7 +67,7 @@ def train_router(
     seed: int,
     device: str,
     *,
-    prompts: int = 400,
+    prompts: int | None = None,
     seeds: int = 2,
     calibration: int = 2000,
     edge: Path | None = None,
@@ -74,10 +76,12 @@ def train_router(
     """Label prompts with both models, train the predictor and write it with router.json to `out`.
 
     The models are `starter/edge` and `starter/cloud` unless given, judged by `starter/clip`. Both
-    draw `prompts` with `seeds` pictures each; `calibration` more prompts are only predicted. Labels
-    and training state stay in `work`, so that a killed run resumes.
+    draw `prompts` (400, or 3000 on a GPU) with `seeds` pictures each; `calibration` more prompts
+    are only predicted. Labels and training state stay in `work`, so that a killed run resumes.
     """
     torch.manual_seed(seed)
+    kind = torch.device(device).type
+    prompts = prompts or PROMPTS[kind]
     edge, cloud = edge or starter / "edge", cloud or starter / "cloud"
     scorer = QualityScorer.open(starter / "clip", device=device)
     sampled = sample_prompts(prompts + calibration, seed)
@@ -90,6 +94,7 @@ def train_router(
         range(seeds),
         work,
         judge=folder_digest(starter / "clip"),
+        batch=PICTURES[kind],
     )
     digests = [painter.digest for painter in painters]
     del painters
@@ -185,6 +190,7 @@ def fit_predictor(
     device: str,
 ) -> Predictor:
     """Train the predictor on D (N, k): soft-label cross-entropy per metric and MSE on PRS."""
+    most = max(1, round(MAX_EPOCHS * len(training) / BATCH))
     config = PredictorConfig(width=features.hidden.shape[-1], experts=d.shape[1])
     model = Predictor(config)
     labels = torch.from_numpy(d).float()
@@ -204,7 +210,7 @@ def fit_predictor(
         model,
         loss_fn,
         lr=1e-3,
-        budget=replace(budget, steps=min(budget.steps or MAX_STEPS, MAX_STEPS)),
+        budget=replace(budget, steps=min(budget.steps or most, most)),
         work=work,
         device=device,
         ema=0.98,

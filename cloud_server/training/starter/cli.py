@@ -14,7 +14,8 @@ from cloud_server.training.starter.scenes import FontMissing
 
 # On two idle cores; one run of exactly this was not seen, see models/starter/CARD.md.
 DEFAULT_MINUTES = {
-    "judge": 45.0, "clip": 45.0, "autoencoder": 45.0, "edge": 90.0, "cloud": 120.0, "router": 3.0,
+    "judge": 45.0, "clip": 45.0, "autoencoder": 45.0, "cloud": 240.0, "edge": 120.0,
+    "distil": 120.0, "router": 3.0,
 }  # fmt: skip
 STAGES = ("scenes", "tokenizer", *DEFAULT_MINUTES)
 CLIP_WEIGHTS = "open_clip_model.safetensors"
@@ -54,13 +55,14 @@ def train_starter(
 ) -> None:
     """Train the STAGES (all, in order, when none is named) of the starter models.
 
-    Each stage needs the ones before it: scenes, tokenizer, clip, autoencoder, edge, cloud, router.
-    The judge needs none and is needed by none: it only evaluates, and goes to WORK/judge.
+    Each stage needs the ones before it, except that edge and cloud do not need each other. The
+    judge is needed by none: it only evaluates, and goes to WORK/judge.
     """
     import torch
 
     if threads:
         torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
@@ -79,8 +81,9 @@ def train_starter(
 def _check_earlier_stages(stage: str, out: Path, work: Path) -> None:
     needed = {
         "clip": {"tokenizer": out / "clip" / "tokenizer.json"},
-        "edge": {"clip": out / "clip" / CLIP_WEIGHTS, "autoencoder": work / "autoencoder"},
         "cloud": {"clip": out / "clip" / CLIP_WEIGHTS, "autoencoder": work / "autoencoder"},
+        "edge": {"clip": out / "clip" / CLIP_WEIGHTS, "autoencoder": work / "autoencoder"},
+        "distil": {"edge": out / "edge", "cloud": out / "cloud"},
         "router": {"edge": out / "edge", "cloud": out / "cloud"},
     }
     for earlier, path in needed.get(stage, {}).items():
@@ -96,7 +99,7 @@ def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, devi
     from cloud_server.training.router import train_router
     from cloud_server.training.starter.autoencoder import train_autoencoder
     from cloud_server.training.starter.clip import train_clip
-    from cloud_server.training.starter.diffusion import train_diffusion
+    from cloud_server.training.starter.diffusion import distil, train_diffusion
     from cloud_server.training.starter.judge import train_judge
     from cloud_server.training.starter.scenes import write_sheet
     from cloud_server.training.starter.tokenizer import train_tokenizer
@@ -114,6 +117,8 @@ def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, devi
             train_autoencoder(work / "autoencoder", work, budget, seed, device)
         case "edge" | "cloud":
             train_diffusion(stage, out, work, budget, seed, device)
+        case "distil":
+            distil(out, work, budget, seed, device)
         case "router":
             train_router(out, out / "router", work, budget, seed, device)
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.loop import Budget, fit
+from cloud_server.training.loop import Budget, Prefetch, fit
 from cloud_server.training.quality import load_metrics
 from cloud_server.training.starter.autoencoder import to_tensor
 from cloud_server.training.starter.degradations import degrade
@@ -42,8 +42,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E
 
 Config = dict[str, Any]  # open_clip's own description of a model
 
-BATCH = 48  # scenes, each as it is and spoiled
-CAPTIONS = 128  # a batch of what needs no pictures
+BATCH = {"cpu": 48, "cuda": 192}  # scenes, each as it is and spoiled
+CAPTIONS = {"cpu": 128, "cuda": 512}  # a batch of what needs no pictures
 # Where each stage's data begin, and weight decay, which must not move the embeddings that the
 # second stage keeps.
 STAGES = {"clip": (0, 0.05), "clip-picture": (1_000_000, 0.0)}
@@ -138,11 +138,16 @@ def train_recall(out: Path, work: Path, budget: Budget, seed: int, device: str) 
     model, before = load_clip(out).to(device), load_clip(out).to(device)
     model.visual.requires_grad_(False)
     trained = nn.ModuleDict({"clip": model, "recall": Recall(len(tokenizer))})
+    kind = torch.device(device).type
+
+    def make(step: int) -> Tensor:
+        rng = np.random.default_rng([seed, step, 2])
+        return encode(tokenizer, POLES + [sample_scene(rng).caption for _ in range(CAPTIONS[kind])])
+
+    data = Prefetch(make, device)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = np.random.default_rng([seed, step, 2])
-        captions = POLES + [sample_scene(rng).caption for _ in range(CAPTIONS)]
-        tokens = encode(tokenizer, captions).to(device)
+        tokens = data(step).to(device)
         with torch.no_grad():
             wanted = _encode_text(before, tokens)
         with sdpa_kernel(SDPBackend.MATH):
@@ -206,13 +211,19 @@ def _fit(
     first, decay = STAGES[name]
     learns_text = model.text_projection.requires_grad
 
+    def make(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        pictures, captions, goodness, spoiled = _batch(seed, first + step, BATCH[kind])
+        return pictures, encode(tokenizer, captions), goodness, spoiled
+
+    data = Prefetch(make, device)
+
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
-        pictures, captions, goodness, spoiled = _batch(seed, first + step)
-        tokens = encode(tokenizer, captions).to(device)  # (2B, n): captions, then wrong ones
+        pictures, tokens, goodness, spoiled = data(step)
+        tokens = tokens.to(device)  # (2B, n): captions, then wrong ones
         goodness, spoiled = goodness.to(device), spoiled.to(device)
         # On a CPU the fused attention's backward pass takes three quarters of a step.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(kind, dtype=torch.bfloat16):
-            image = F.normalize(model.encode_image(to_tensor(pictures).to(device)).float(), dim=-1)
+            image = F.normalize(model.encode_image(to_tensor(pictures, device)).float(), dim=-1)
             with torch.set_grad_enabled(learns_text):
                 text = F.normalize(_encode_text(model, tokens), dim=-1)
             poles = F.normalize(_encode_text(model, pairs), dim=-1)
@@ -266,23 +277,23 @@ def _encode_text(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
     return _pool(model, _text_states(model, tokens), tokens)
 
 
-def _batch(seed: int, step: int) -> tuple[np.ndarray, list[str], Tensor, Tensor]:
+def _batch(seed: int, step: int, scenes: int) -> tuple[Tensor, list[str], Tensor, Tensor]:
     """Return 2B pictures (2B, H, W, 3), 2B captions, goodness in 0..1 (2B, k), metrics (B,).
 
     The first B pictures are as they should be, the others the same ones spoiled in one metric each;
     after their B captions come B that are wrong. At strength s goodness is 1 - s or so.
     """
-    pictures, captions, scenes = batch_at(seed, step, BATCH)
+    pictures, captions, drawn = batch_at(seed, step, scenes)
     rng = np.random.default_rng([seed, step, 1])
-    wrong = [str(rng.choice(caption_negatives(scene, rng))) for scene in scenes]
-    goodness = np.full((2 * BATCH, len(METRICS)), 0.97, np.float32)
-    metrics = rng.integers(len(METRICS), size=BATCH)
+    wrong = [str(rng.choice(caption_negatives(scene, rng))) for scene in drawn]
+    goodness = np.full((2 * scenes, len(METRICS)), 0.97, np.float32)
+    metrics = rng.integers(len(METRICS), size=scenes)
     spoiled = []
-    for i, (metric, strength) in enumerate(zip(metrics, rng.random(BATCH).tolist(), strict=True)):
+    for i, (metric, strength) in enumerate(zip(metrics, rng.random(scenes).tolist(), strict=True)):
         picture = degrade(pictures[i].astype(np.float32) / 255, METRICS[metric].name, strength, rng)
         spoiled.append((picture * 255).round().astype(np.uint8))
-        goodness[BATCH + i, metric] = 0.03 + 0.94 * (1 - strength) ** 1.5
-    both = np.concatenate([pictures, np.stack(spoiled)])
+        goodness[scenes + i, metric] = 0.03 + 0.94 * (1 - strength) ** 1.5
+    both = torch.from_numpy(np.concatenate([pictures, np.stack(spoiled)]))
     return both, captions + wrong, torch.from_numpy(goodness), torch.from_numpy(metrics)
 
 
@@ -365,7 +376,7 @@ def evaluate_clip(
     wrong = [str(rng.choice(caption_negatives(scene, rng))) for scene in scenes]
 
     def image(batch: np.ndarray) -> Tensor:
-        return F.normalize(model.encode_image(to_tensor(batch).to(device)), dim=-1)
+        return F.normalize(model.encode_image(to_tensor(batch, device)), dim=-1)
 
     text = F.normalize(_encode_text(model, encode(tokenizer, captions + wrong).to(device)), dim=-1)
     similar = image(pictures) @ text.T  # (256, 512)

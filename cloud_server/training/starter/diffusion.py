@@ -1,7 +1,8 @@
 """The two starter diffusion models: one UNet family, small for the edge, larger for the cloud.
 
 Both learn v-prediction on the latents of the same frozen autoencoder and are conditioned on the
-token states of the same frozen CLIP text encoder, the one that feeds the router.
+token states of the same frozen CLIP text encoder, the one that feeds the router. Then the edge
+model learns to follow the cloud model's path in four steps instead of many (`distil`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,25 +24,35 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.loop import Budget, fit
+from cloud_server.training.loop import Budget, Prefetch, fit
 from cloud_server.training.starter.autoencoder import LATENT_CHANNELS, save_grid, to_tensor
 from cloud_server.training.starter.clip import to_transformers
 from cloud_server.training.starter.scenes import batch_at
+from cloud_server.training.starter.tokenizer import encode
 
 guard()
 from diffusers import (  # noqa: E402  the guard must come first
     AutoencoderTiny,
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0  # noqa: E402
 from transformers import CLIPTokenizer  # noqa: E402
 
-BATCH = 32
-SCENES = 32_768
+BATCH = {"cpu": 32, "cuda": 1024}
+SCENES = {"cpu": 32_768, "cuda": 196_608}
 CAPTIONLESS = 0.1  # share of examples with the empty caption, for classifier-free guidance
 LEVEL_MEAN, LEVEL_STD = 0.8, 1.1  # of log(noise / signal) in training
+NOISE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,  # unused by "trailing"; pipelines warn without it
+}
 SAMPLE_PROMPTS = (
     "a dog on grass",
     "a red car on the beach",
@@ -60,6 +74,8 @@ class Size:
     """What makes a model edge or cloud: UNet channels per level, and how it draws."""
 
     channels: tuple[int, int]
+    fine_attention: bool
+    """Whether it attends to the caption at 16x16 too, and not at 8x8 alone."""
     steps: int
     guidance: float
     emphasis: tuple[float, ...]
@@ -67,35 +83,38 @@ class Size:
 
 
 SIZES = {
-    # So small a model spends its training where it can succeed, the large one where it is asked.
-    "edge": Size((48, 96), 8, 3.0, emphasis=(5.0, 2.0, 1.0, 0.5, 0.5)),
-    "cloud": Size((96, 192), 12, 3.0, emphasis=(0.6, 0.8, 1.5, 1.5, 1.5)),
+    # Attention at 16x16 about doubles the time of a training step on a CPU.
+    "edge": Size((72, 144), False, 8, 3.0, emphasis=(2.0, 1.0, 1.0, 1.0, 1.0)),
+    "cloud": Size((144, 288), True, 16, 3.0, emphasis=(0.6, 0.8, 1.5, 1.5, 1.5)),
 }
+DISTILLED_STEPS = 4
+TEACHER_STEPS = 4  # of the cloud model for one of these
+DISTIL_BATCH = {"cpu": 8, "cuda": 512}
 
 
 def build_unet(size: Size, text_width: int) -> UNet2DConditionModel:
-    """Return an untrained UNet on 16x16 latents with attention at the 8x8 level only.
+    """Return an untrained UNet on 16x16 latents: 5 M parameters for the edge, 22 M for the cloud.
 
-    Attention at 16x16 about doubles the time of a training step on a CPU. The caption also joins
-    the time embedding, pooled, and scales and shifts features; what that gains was not measured.
+    The caption also joins the time embedding, pooled, and scales and shifts features; what that
+    gains was not measured.
     """
+    fine = "CrossAttn" if size.fine_attention else ""
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=(f"{fine}DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", f"{fine}UpBlock2D"),
         block_out_channels=size.channels,
         layers_per_block=1,
         cross_attention_dim=text_width,
         attention_head_dim=4,  # in this class the number of heads
-        norm_num_groups=16,
+        norm_num_groups=8,
         resnet_time_scale_shift="scale_shift",
         addition_embed_type="text",
         addition_embed_type_num_heads=8,
     )
     nn.init.zeros_(unet.add_embedding.norm2.weight)  # the pooled caption starts without a say
-    unet.set_attn_processor(AttnProcessor())  # quicker than fused attention at 64 tokens
     return unet.to(memory_format=torch.channels_last)
 
 
@@ -112,15 +131,7 @@ def hidden_weights(unet: UNet2DConditionModel) -> list[Tensor]:
 
 def scheduler() -> DPMSolverMultistepScheduler:
     """Return the noise schedule of training, with the solver both models draw with."""
-    return DPMSolverMultistepScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        steps_offset=1,  # unused by "trailing"; pipelines warn without it
-        solver_order=2,
-    )
+    return DPMSolverMultistepScheduler(**NOISE, solver_order=2)
 
 
 def train_diffusion(
@@ -132,55 +143,38 @@ def train_diffusion(
     """
     torch.manual_seed(seed)
     size = SIZES[name]
-    vae = AutoencoderTiny.from_pretrained(work / "autoencoder", torch_dtype=torch.float32).eval()
-    text_encoder = to_transformers(starter / "clip").to(device).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(starter / "clip")
-    latents, captions, objects = cached_latents(vae, work, SCENES, seed, device)
-    weights = torch.tensor(size.emphasis)[torch.from_numpy(objects) - 1]
-    token_ids = _tokens(tokenizer, captions)
-    captionless = _tokens(tokenizer, [""])
+    parts = _Parts(starter, work, device)
+    latents, captions, objects = cached_latents(parts.vae, work, seed, device)
+    latents = latents.to(device)
+    weights = torch.tensor(size.emphasis)[torch.from_numpy(objects) - 1].to(device)
+    token_ids, captionless = parts.tokens(captions), parts.tokens([""])
     schedule = scheduler()
     alphas = schedule.alphas_cumprod.to(device)
-    noise_levels = (0.5 * (1 / schedule.alphas_cumprod - 1).log()).contiguous()  # rising
-    unet = build_unet(size, text_encoder.config.hidden_size)
+    noise_levels = (0.5 * (1 / alphas - 1).log()).contiguous()  # rising
+    unet = build_unet(size, parts.text_encoder.config.hidden_size)
     kind = torch.device(device).type
+    forward = _quick(unet, kind)
+    batch = BATCH[kind]
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        chosen = torch.multinomial(weights, BATCH, replacement=True, generator=rng)
-        clean = torch.from_numpy(latents[chosen.numpy()]).float()  # (B, 8, 16, 16)
-        noise = torch.randn(clean.shape, generator=rng)
+        rng = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+        chosen = torch.multinomial(weights, batch, replacement=True, generator=rng)
+        clean = latents[chosen].float()  # (B, 16, 16, 16)
+        noise = torch.randn(clean.shape, generator=rng, device=device)
         # Normal in log noise, as Esser et al. 2024, section 3.1; mean and spread are our guess.
-        levels = LEVEL_MEAN + LEVEL_STD * torch.randn(BATCH, generator=rng)
+        levels = LEVEL_MEAN + LEVEL_STD * torch.randn(batch, generator=rng, device=device)
         times = torch.searchsorted(noise_levels, levels).clamp(max=len(noise_levels) - 1)
         ids = token_ids[chosen]
-        ids[torch.rand(BATCH, generator=rng) < CAPTIONLESS] = captionless[0]
-        clean, noise, times, ids = (x.to(device) for x in (clean, noise, times, ids))
+        ids[torch.rand(batch, generator=rng, device=device) < CAPTIONLESS] = captionless[0]
         kept = alphas[times].view(-1, 1, 1, 1)
         noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
         velocity = kept.sqrt() * noise - (1 - kept).sqrt() * clean
-        with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16):
-            states = text_encoder(ids).last_hidden_state  # (B, 32, 192)
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(kind, dtype=torch.bfloat16):
-            predicted = unet(noisy, times, states).sample.float()
+        predicted = forward(noisy, times, parts.states(ids))
         loss = F.mse_loss(predicted, velocity)
         return loss, {"loss": loss.item()}
 
     def save(ready: UNet2DConditionModel) -> None:
-        pipeline = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=ready,
-            scheduler=schedule,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        save_grid(sample(pipeline, size, SAMPLE_PROMPTS, seed), work / f"{name}.png", 4)
-        save_pipeline(pipeline, starter / name, size)
+        save_model(parts.pipeline(ready, schedule), size, starter / name, work / f"{name}.png")
 
     fit(
         name,
@@ -194,6 +188,152 @@ def train_diffusion(
         hidden=hidden_weights(unet),
         on_checkpoint=save,
     )
+
+
+def distil(starter: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
+    """Make the edge model draw in four steps, without guidance, what the cloud model draws in many.
+
+    As progressive distillation with guidance (Salimans and Ho 2022; Meng et al. 2023), but in one
+    go and without pictures: from noise on, every step of the student is to land where the guided
+    teacher does. Half of a batch goes on from where the student itself has landed, so that it also
+    learns to make good its own errors.
+
+    Needs the stages edge and cloud; replaces `starter/edge`, and samples go to `work/distil.png`.
+    """
+    torch.manual_seed(seed)
+    kind = torch.device(device).type
+    parts = _Parts(starter, work, device)
+    _, captions, objects = cached_latents(parts.vae, work, seed, device)
+    weights = torch.tensor(SIZES["edge"].emphasis)[torch.from_numpy(objects) - 1].to(device)
+    token_ids, captionless = parts.tokens(captions), parts.states(parts.tokens([""]))
+    guidance = SIZES["cloud"].guidance
+    schedule = DDIMScheduler(**NOISE, clip_sample=False)
+    schedule.set_timesteps(DISTILLED_STEPS)
+    stops = [*schedule.timesteps.tolist(), -1]  # -1 is the clean picture
+    alphas = torch.cat([schedule.alphas_cumprod, torch.ones(1)]).to(device)
+    teacher = UNet2DConditionModel.from_pretrained(starter / "cloud" / "unet").float()
+    student = _start_of_student(starter, work)
+    batch = DISTIL_BATCH[kind]
+    follow = _quick(teacher.to(device, memory_format=torch.channels_last).eval(), kind)
+    forward = _quick(student, kind)
+
+    @torch.no_grad()
+    def taught(latents: Tensor, states: Tensor, start: int, stop: int) -> Tensor:
+        both = torch.cat([captionless.expand_as(states), states])
+        times = [round(start + (stop - start) * i / TEACHER_STEPS) for i in range(TEACHER_STEPS)]
+        for time, later in zip(times, [*times[1:], stop], strict=True):
+            at = torch.full((2 * batch,), time, device=device)
+            without, with_caption = follow(latents.repeat(2, 1, 1, 1), at, both).chunk(2)
+            velocity = without + guidance * (with_caption - without)
+            latents, _ = ddim_step(latents, velocity, alphas[time], alphas[later])
+        return latents
+
+    def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+        chosen = torch.multinomial(weights, batch, replacement=True, generator=rng)
+        states = parts.states(token_ids[chosen])
+        latents = torch.randn((batch, LATENT_CHANNELS, 16, 16), generator=rng, device=device)
+        losses = []
+        for start, stop in pairwise(stops):
+            wanted = taught(latents, states, start, stop)
+            at = torch.full((batch,), start, device=device)
+            velocity = forward(latents, at, states)
+            reached, gain = ddim_step(latents, velocity, alphas[start], alphas[stop])
+            losses.append(F.mse_loss(reached, wanted) / gain.square())
+            latents = torch.cat([wanted[: batch // 2], reached[batch // 2 :].detach()])
+        loss = torch.stack(losses).mean()
+        return loss, {"loss": loss.item(), "last": losses[-1].item()}
+
+    def save(ready: UNet2DConditionModel) -> None:
+        size = replace(SIZES["edge"], steps=DISTILLED_STEPS, guidance=1.0)
+        save_model(parts.pipeline(ready, schedule), size, starter / "edge", work / "distil.png")
+
+    fit(
+        "distil", student, loss_fn, lr=1e-3, budget=budget, work=work, device=device,
+        ema=0.998, warmup=50, hidden=hidden_weights(student), on_checkpoint=save,
+    )  # fmt: skip
+
+
+def ddim_step(
+    latents: Tensor, velocity: Tensor, kept: Tensor, later: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return where a DDIM step from signal power `kept` to `later` leads, and its d/d velocity."""
+    a, s, a_next, s_next = kept.sqrt(), (1 - kept).sqrt(), later.sqrt(), (1 - later).sqrt()
+    clean, noise = a * latents - s * velocity, s * latents + a * velocity
+    return a_next * clean + s_next * noise, s_next * a - a_next * s
+
+
+def _start_of_student(starter: Path, work: Path) -> UNet2DConditionModel:
+    """Return the edge model as diffusion training left it; a copy stays in `work`."""
+    kept = work / "distil-start"
+    if not kept.exists():
+        shutil.copytree(starter / "edge" / "unet", kept)
+    unet = UNet2DConditionModel.from_pretrained(kept).float()
+    return unet.to(memory_format=torch.channels_last)
+
+
+def _quick(unet: UNet2DConditionModel, kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the UNet's prediction as a function, in mixed precision and compiled on a GPU."""
+    # Plain attention is quicker than fused attention at 64 tokens on a CPU.
+    unet.set_attn_processor(AttnProcessor2_0() if kind == "cuda" else AttnProcessor())
+    run = torch.compile(unet, dynamic=False) if kind == "cuda" else unet
+
+    def forward(latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(kind, dtype=torch.bfloat16):
+            predicted: Tensor = run(latents, times, states, return_dict=False)[0]
+        return predicted.float()
+
+    return forward
+
+
+class _Parts:
+    """What the diffusion models share: autoencoder, text encoder, tokenizer."""
+
+    def __init__(self, starter: Path, work: Path, device: str) -> None:
+        self.vae = AutoencoderTiny.from_pretrained(work / "autoencoder", torch_dtype=torch.float32)
+        self.text_encoder = to_transformers(starter / "clip").to(device).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(starter / "clip")
+        self.device = device
+        self.vae.to(device).eval()
+
+    def tokens(self, prompts: list[str]) -> Tensor:
+        """Return token ids (B, n)."""
+        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        rows = encode(self.tokenizer, list(unique))
+        return rows[[unique[prompt] for prompt in prompts]].to(self.device)
+
+    @torch.no_grad()
+    def states(self, tokens: Tensor) -> Tensor:
+        """Return the token states (B, n, d)."""
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+            states: Tensor = self.text_encoder(tokens).last_hidden_state
+        return states
+
+    def pipeline(
+        self, unet: UNet2DConditionModel, schedule: DPMSolverMultistepScheduler | DDIMScheduler
+    ) -> StableDiffusionPipeline:
+        """Return the parts with a UNet as a pipeline."""
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=unet,
+            scheduler=schedule,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def save_model(
+    pipeline: StableDiffusionPipeline, size: Size, folder: Path, sheet: Path, seed: int = 0
+) -> None:
+    """Write a sheet of samples, then the model in half precision."""
+    save_grid(sample(pipeline, size, SAMPLE_PROMPTS, seed), sheet, 4)
+    save_pipeline(pipeline, folder, size)
 
 
 def sample(
@@ -244,37 +384,33 @@ def _halve_weights(folder: Path) -> None:
 
 @torch.inference_mode()
 def cached_latents(
-    vae: AutoencoderTiny, work: Path, count: int, seed: int, device: str
-) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Return latents (N, 8, 16, 16) of unit variance, captions and objects (N,) of `count` scenes.
+    vae: AutoencoderTiny, work: Path, seed: int, device: str
+) -> tuple[Tensor, list[str], np.ndarray]:
+    """Return latents (N, 16, 16, 16) of unit variance, captions and objects (N,) of many scenes.
 
     They are drawn and encoded once for an autoencoder and a seed, and kept in `work`.
     """
+    kind = torch.device(device).type
     weights = b"".join(t.cpu().numpy().tobytes() for t in vae.state_dict().values())
-    file = work / f"latents-{hashlib.sha256(weights).hexdigest()[:12]}-{seed}.npz"
+    name = f"latents-{hashlib.sha256(weights).hexdigest()[:12]}-{seed}-{SCENES[kind]}"
+    file = work / f"{name}.npz"
     if not file.exists():
-        vae.to(device)
         latents, captions, objects = [], [], []
-        for i in tqdm(range(count // 64), desc="latents", mininterval=2.0):
-            pictures, texts, scenes = batch_at(seed, i, 64)
-            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
-                encoded = vae.encoder(to_tensor(pictures).to(device))
+
+        def make(step: int) -> tuple[Tensor, list[str], list[int]]:
+            pictures, texts, scenes = batch_at(seed, step, 64)
+            return torch.from_numpy(pictures), texts, [scene.objects for scene in scenes]
+
+        data = Prefetch(make, device)
+        for step in tqdm(range(SCENES[kind] // 64), desc="latents", mininterval=2.0):
+            pictures, texts, counts = data(step)
+            with torch.autocast(kind, dtype=torch.bfloat16):
+                encoded = vae.encoder(to_tensor(pictures, device))
             latents.append((encoded.float() * vae.config.scaling_factor).half().cpu().numpy())
             captions += texts
-            objects += [scene.objects for scene in scenes]
-        partial = file.with_name("latents.partial.npz")
+            objects += counts
+        partial = file.with_name(f"{name}.partial.npz")
         np.savez(partial, latents=np.concatenate(latents), captions=captions, objects=objects)
         os.replace(partial, file)
     kept = np.load(file)
-    return kept["latents"], kept["captions"].tolist(), kept["objects"]
-
-
-def _tokens(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    encoded = tokenizer(
-        prompts,
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    )
-    return encoded.input_ids
+    return torch.from_numpy(kept["latents"]), kept["captions"].tolist(), kept["objects"]

@@ -113,7 +113,7 @@ def through(vae: Path, pictures: Pixels, device: str) -> Pixels:
     results = []
     with torch.inference_mode():
         for batch in _batches(pictures, "autoencoder"):
-            truth = to_tensor(batch).to(device)
+            truth = to_tensor(batch, device)
             result = model.decode(model.encode(truth).latents).sample.clamp(-1, 1)
             results.append(result.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu())
     return torch.cat(results).numpy()

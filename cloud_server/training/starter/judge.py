@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cloud_server.errors import ModelError
-from cloud_server.training.loop import Budget, fit
+from cloud_server.training.loop import Budget, Prefetch, fit
 from cloud_server.training.starter.autoencoder import to_tensor
 from cloud_server.training.starter.degradations import degrade
 from cloud_server.training.starter.reading import Found, Reading, shares
@@ -113,10 +113,11 @@ def train_judge(out: Path, work: Path, budget: Budget, seed: int, device: str) -
     vocabulary = Vocabulary()
     model = Detector(vocabulary)
     kind = torch.device(device).type
+    data = Prefetch(lambda step: _batch(seed, step, BATCH[kind]), device)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
-        pictures, objects, places = _batch(seed, step, BATCH[kind])
-        inputs = to_tensor(pictures).to(device)
+        pictures, objects, places = data(step)
+        inputs = to_tensor(pictures, device)
         with torch.autocast(kind, dtype=torch.bfloat16):
             maps, guesses = model(inputs)
         truth = torch.as_tensor(objects).to(device), torch.as_tensor(places).to(device)
@@ -267,7 +268,7 @@ class Judge:
         """Return what is in pictures (B, 128, 128, 3)."""
         readings: list[Reading] = []
         for start in range(0, len(pictures), batch):
-            inputs = to_tensor(pictures[start : start + batch]).to(self._device)
+            inputs = to_tensor(pictures[start : start + batch], self._device)
             maps, places = self._detector(inputs)
             chance = maps[:, 0].sigmoid()
             peak = chance == F.max_pool2d(chance[:, None], 3, 1, 1)[:, 0]

@@ -6,6 +6,7 @@ and drawn second, so that captions and ground truth can be had without the font.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -24,17 +25,32 @@ FONT_PATHS: Final = (
 GLYPHS: Final = {
     "dog": "🐕", "cat": "🐈", "horse": "🐎", "rabbit": "🐇", "turtle": "🐢", "fish": "🐟",
     "bird": "🐦", "butterfly": "🦋", "elephant": "🐘", "lion": "🦁", "pig": "🐖", "frog": "🐸",
+    "cow": "🐄", "sheep": "🐑", "duck": "🦆", "owl": "🦉", "penguin": "🐧",
+    "bee": "🐝", "ladybug": "🐞", "snail": "🐌", "crab": "🦀", "octopus": "🐙",
+    "dolphin": "🐬", "tiger": "🐅", "monkey": "🐒", "panda": "🐼",
+    "camel": "🐫", "giraffe": "🦒", "zebra": "🦓", "snake": "🐍", "dinosaur": "🦕",
+    "unicorn": "🦄", "flamingo": "🦩", "parrot": "🦜",
     "apple": "🍎", "banana": "🍌", "pizza": "🍕", "cake": "🎂", "carrot": "🥕",
-    "strawberry": "🍓", "mushroom": "🍄", "cactus": "🌵", "tree": "🌳", "palm tree": "🌴",
-    "sunflower": "🌻", "tulip": "🌷", "house": "🏠", "castle": "🏰", "tent": "⛺", "car": "🚗",
-    "bus": "🚌", "bicycle": "🚲", "train": "🚂", "rocket": "🚀", "sailboat": "⛵",
+    "strawberry": "🍓", "lemon": "🍋", "watermelon": "🍉", "pineapple": "🍍", "pear": "🍐",
+    "avocado": "🥑", "burger": "🍔", "donut": "🍩", "cookie": "🍪",
+    "cupcake": "🧁", "lollipop": "🍭", "mushroom": "🍄", "cactus": "🌵", "tree": "🌳",
+    "palm tree": "🌴", "sunflower": "🌻", "tulip": "🌷", "rose": "🌹", "maple leaf": "🍁",
+    "house": "🏠", "castle": "🏰", "tent": "⛺", "church": "⛪",
+    "volcano": "🌋", "car": "🚗", "bus": "🚌", "bicycle": "🚲", "train": "🚂", "truck": "🚚",
+    "tractor": "🚜", "motorcycle": "🏍️", "rocket": "🚀", "sailboat": "⛵",
     "airplane": "✈️", "balloon": "🎈", "umbrella": "☂️", "sun": "☀️", "moon": "🌙", "star": "⭐",
-    "guitar": "🎸", "robot": "🤖", "snowman": "⛄",
+    "snowflake": "❄️", "guitar": "🎸", "trumpet": "🎺",
+    "drum": "🥁", "robot": "🤖", "snowman": "⛄", "ghost": "👻", "pumpkin": "🎃", "clock": "⏰",
+    "key": "🔑", "book": "📕", "camera": "📷", "gift": "🎁", "crown": "👑",
+    "top hat": "🎩", "shoe": "👟", "bell": "🔔", "anchor": "⚓",
+    "heart": "❤️", "trophy": "🏆", "football": "⚽", "teddy bear": "🧸",
 }  # fmt: skip
 NOUNS: Final = tuple(GLYPHS)
 PLURALS: Final = {
-    "fish": "fish", "cactus": "cacti", "bus": "buses", "butterfly": "butterflies",
-    "strawberry": "strawberries",
+    "fish": "fish", "sheep": "sheep", "cactus": "cacti", "bus": "buses", 
+    "octopus": "octopuses", "church": "churches",  "maple leaf": "maple leaves",
+    "snowman": "snowmen", "butterfly": "butterflies", "strawberry": "strawberries",
+     "volcano": "volcanoes",
 }  # fmt: skip
 COLOURS: Final = {
     "red": (222, 40, 40), "green": (45, 165, 60), "blue": (45, 90, 225), "yellow": (246, 208, 35),
@@ -49,6 +65,20 @@ PLACES: Final = {
 }  # fmt: skip
 COUNTS: Final = {1: "a", 2: "two", 3: "three", 4: "four"}
 PREFIXES: Final = ("", "a picture of ", "a photo of ", "an image of ", "a drawing of ")
+# Other words for the same thing; every one takes its turn in captions.
+VARIANTS: Final = {
+    "a": ("one",), "two": ("2",), "three": ("3",), "four": ("4",), "and": ("with",),
+    "small": ("little", "tiny"), "big": ("large", "huge"),
+    "to the left of": ("left of", "on the left of"),
+    "to the right of": ("right of", "on the right of"),
+    "above": ("over", "on top of"), "below": ("under", "beneath"),
+    "on grass": ("on the grass", "in a meadow"), "at night": ("in the night", "by night"),
+    "in the desert": ("in a desert",), "in the snow": ("on snow", "in winter"),
+    "on the beach": ("on a beach", "at the beach"), "at sunset": ("in the evening",),
+    "under a blue sky": ("on a sunny day",), "in the forest": ("in a forest", "in the woods"),
+    "on a white background": ("on white",), "in space": ("in outer space",),
+}  # fmt: skip
+HELD_OUT: Final = 12  # one pairing in so many is kept from training, to test composition
 TOTALS: Final = (0.34, 0.28, 0.18, 0.12, 0.08)
 GRID: Final = 16  # cells a side that boxes are made of, as many as an encoded picture has
 SIZES: Final = {"small": 0.52, None: 0.82, "big": 1.1}
@@ -85,18 +115,21 @@ class Group:
     colour: str | None = None
     size: str | None = None
 
-    def __str__(self) -> str:
+    def words(self, wording: int) -> str:
+        """The words of a caption for this group; see `Scene.wording`."""
         noun = self.noun if self.count == 1 else PLURALS.get(self.noun, self.noun + "s")
-        words = " ".join(word for word in (self.size, self.colour, noun) if word)
-        article = "an" if self.count == 1 and words[0] in "aeiou" else COUNTS[self.count]
-        return f"{article} {words}"
+        size = _said(self.size, wording) if self.size else None
+        words = " ".join(word for word in (size, self.colour, noun) if word)
+        count = _said(COUNTS[self.count], wording)
+        return f"{'an' if count == 'a' and words[0] in 'aeiou' else count} {words}"
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
     """What is in a picture; `boxes` holds one (x0, y0, x1, y1) in 0..1 per object, group by group.
 
-    With a relation, the first group stands in it to all the others.
+    With a relation, the first group stands in it to all the others. `wording` chooses among words
+    that mean the same; 0 takes the plainest.
     """
 
     groups: tuple[Group, ...]
@@ -106,6 +139,7 @@ class Scene:
     caption: str
     prefix: str = ""
     place_first: bool = False
+    wording: int = 0
 
     @property
     def objects(self) -> int:
@@ -113,22 +147,47 @@ class Scene:
         return sum(group.count for group in self.groups)
 
 
-def _listed(groups: tuple[Group, ...]) -> str:
-    words = [str(group) for group in groups]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+def _said(words: str, wording: int) -> str:
+    """`words` or, in a third of all wordings, one of their variants."""
+    variants = VARIANTS[words]
+    turn = zlib.crc32(f"{wording} {words}".encode()) % (3 * len(variants)) if wording else -1
+    return variants[turn] if 0 <= turn < len(variants) else words
+
+
+def _listed(groups: tuple[Group, ...], wording: int) -> str:
+    words = [group.words(wording) for group in groups]
+    together = _said("and", wording)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {together} {words[-1]}"
 
 
 def describe(scene: Scene) -> str:
     """The caption of a scene."""
+    what = _listed(scene.groups, scene.wording)
     if scene.relation:
-        what = f"{scene.groups[0]} {scene.relation} {_listed(scene.groups[1:])}"
-    else:
-        what = _listed(scene.groups)
+        first, rest = scene.groups[:1], scene.groups[1:]
+        how = _said(scene.relation, scene.wording)
+        what = f"{_listed(first, scene.wording)} {how} {_listed(rest, scene.wording)}"
     if not scene.place:
         return scene.prefix + what
+    where = _said(scene.place, scene.wording)
     if scene.place_first:
-        return f"{scene.place}, {scene.prefix}{what}"
-    return f"{scene.prefix}{what} {scene.place}"
+        return f"{where}, {scene.prefix}{what}"
+    return f"{scene.prefix}{what} {where}"
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether a scene holds a pairing that training never sees.
+
+    Of all pairs of a noun and a colour, of a noun and a count over one, and of all triples of two
+    nouns and their relation, one in `HELD_OUT` is kept back, whatever the seed.
+    """
+    pairings: list[tuple[str, ...]] = []
+    pairings += [(group.noun, group.colour) for group in scene.groups if group.colour]
+    pairings += [(group.noun, str(group.count)) for group in scene.groups if group.count > 1]
+    if scene.relation:
+        first, *rest = scene.groups
+        pairings += [(first.noun, scene.relation, other.noun) for other in rest]
+    return any(zlib.crc32(" ".join(pairing).encode()) % HELD_OUT == 0 for pairing in pairings)
 
 
 def _sample_groups(rng: np.random.Generator, objects: int) -> tuple[Group, ...]:
@@ -197,16 +256,25 @@ def _layout(
     return tuple(_box(rng, cell, size) for cell, size in zip(cells, sizes, strict=True))
 
 
-def sample_scene(rng: np.random.Generator, objects: int | None = None) -> Scene:
-    """A random scene of one to five objects (or exactly `objects`)."""
-    groups = _sample_groups(rng, objects or int(rng.choice(5, p=TOTALS)) + 1)
-    related = len(groups) > 1 and rng.random() < 0.55
-    relation = RELATIONS[rng.integers(4)] if related else None
-    place = tuple(PLACES)[rng.integers(len(PLACES))] if rng.random() < 0.75 else None
-    prefix = PREFIXES[rng.integers(1, len(PREFIXES))] if rng.random() < 0.2 else ""
-    boxes = _layout(rng, groups, relation)
-    scene = Scene(groups, relation, place, boxes, "", prefix, rng.random() < 0.1)
-    return replace(scene, caption=describe(scene))
+def sample_scene(
+    rng: np.random.Generator, objects: int | None = None, unseen: bool = False
+) -> Scene:
+    """A random scene of one to five objects (or exactly `objects`).
+
+    It holds no pairing that is `held_out`, as in training, or at least one if `unseen`.
+    """
+    wanted = objects or int(rng.choice(5, p=TOTALS)) + 1
+    while True:
+        groups = _sample_groups(rng, wanted)
+        related = len(groups) > 1 and rng.random() < 0.55
+        relation = RELATIONS[rng.integers(4)] if related else None
+        place = tuple(PLACES)[rng.integers(len(PLACES))] if rng.random() < 0.75 else None
+        prefix = PREFIXES[rng.integers(1, len(PREFIXES))] if rng.random() < 0.2 else ""
+        place_first, wording = rng.random() < 0.1, int(rng.integers(2**31))
+        scene = Scene(groups, relation, place, (), "", prefix, place_first, wording)
+        if held_out(scene) == unseen:
+            boxes = _layout(rng, groups, relation)
+            return replace(scene, boxes=boxes, caption=describe(scene))
 
 
 @cache
@@ -239,7 +307,7 @@ def _sprite(noun: str, colour: str | None) -> Image.Image:
     return Image.fromarray(tinted)
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=16384)
 def _fitted(noun: str, colour: str | None, side: int) -> Image.Image:
     """A sprite whose longer side has `side` pixels."""
     sprite = _sprite(noun, colour)

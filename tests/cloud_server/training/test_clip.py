@@ -100,7 +100,7 @@ def test_states_that_hold_their_tokens_are_recalled_best(tokenizer):
 @needs_font
 @pytest.mark.slow
 def test_training_writes_a_folder_and_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip, "BATCH", 4)
+    monkeypatch.setitem(clip.BATCH, "cpu", 4)
     out, work = tmp_path / "clip", tmp_path / "work"
     train_tokenizer(out, seed=0)
     for steps in (2, 3):

@@ -30,9 +30,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with out/ and work/ after three steps of every stage before the router."""
     root = tmp_path_factory.mktemp("starter")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion, "SCENES", 64)
-        patch.setattr(clip, "BATCH", 8)
-        patch.setattr(autoencoder, "BATCH", 4)
+        patch.setitem(diffusion.SCENES, "cpu", 64)
+        patch.setitem(diffusion.BATCH, "cpu", 8)
+        patch.setitem(diffusion.DISTIL_BATCH, "cpu", 2)
+        patch.setitem(clip.BATCH, "cpu", 8)
+        patch.setitem(autoencoder.SCENES, "cpu", 2)
         run = CliRunner().invoke(
             train_starter,
             [*STAGES[:-1], "-o", str(root / "out"), "--work", str(root / "work"), "--steps", "3"],
@@ -64,6 +66,7 @@ def test_both_models_are_conditioned_by_the_one_text_encoder(trained):
 
 SHEETS = {
     "scenes": (1024, 768), "autoencoder": (1024, 512), "edge": (512, 384), "cloud": (512, 384),
+    "distil": (512, 384),
 }  # fmt: skip
 
 
