@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.loop import Budget, Prefetch, fit
@@ -42,6 +42,8 @@ def train_autoencoder(out: Path, work: Path, budget: Budget, seed: int, device: 
     torch.manual_seed(seed)
     model = build_autoencoder().to(memory_format=torch.channels_last)
     kind = torch.device(device).type
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    hidden = [c.weight for c in convolutions if c.in_channels == c.out_channels]
     crops = Prefetch(lambda step: torch.from_numpy(_crops(seed, step, SCENES[kind])), device)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -81,11 +83,12 @@ def train_autoencoder(out: Path, work: Path, budget: Budget, seed: int, device: 
         "autoencoder",
         model,
         loss_fn,
-        lr=1e-3,
+        lr=3e-3,  # 20.0 dB after 300 steps of one seed; with AdamW alone at 1e-3 17.5
         budget=budget,
         work=work,
         device=device,
         ema=0.998,
+        hidden=hidden,
         on_checkpoint=save,
     )
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm import tqdm
 
 from cloud_server.torchvision_guard import guard
@@ -273,15 +274,16 @@ def _start_of_student(starter: Path, work: Path) -> UNet2DConditionModel:
 
 
 def _quick(unet: UNet2DConditionModel, kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the UNet's prediction as a function, in mixed precision and compiled on a GPU."""
+    """Return the UNet's prediction as a function, in half precision on full-precision weights."""
     # Plain attention is quicker than fused attention at 64 tokens on a CPU.
     unet.set_attn_processor(AttnProcessor2_0() if kind == "cuda" else AttnProcessor())
-    run = torch.compile(unet, dynamic=False) if kind == "cuda" else unet
 
     def forward(latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
-        latents = latents.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(kind, dtype=torch.bfloat16):
-            predicted: Tensor = run(latents, times, states, return_dict=False)[0]
+        latents = latents.to(torch.bfloat16, memory_format=torch.channels_last)
+        # Not autocast: it would keep every normalisation in full precision.
+        weights = {name: weight.bfloat16() for name, weight in unet.named_parameters()}
+        inputs = (latents, times, states.bfloat16())
+        predicted = functional_call(unet, weights, inputs, {"return_dict": False})[0]
         return predicted.float()
 
     return forward
