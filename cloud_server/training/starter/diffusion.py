@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 from cloud_server.torchvision_guard import guard
@@ -40,10 +39,11 @@ from diffusers import (  # noqa: E402  the guard must come first
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0  # noqa: E402
-from transformers import CLIPTokenizer  # noqa: E402
+from transformers import CLIPTokenizer, CLIPTokenizerFast  # noqa: E402
 
 BATCH = {"cpu": 32, "cuda": 1024}
 SCENES = {"cpu": 32_768, "cuda": 196_608}
+EMA = {"cpu": 0.9985, "cuda": 0.996}  # fewer and larger steps there
 CAPTIONLESS = 0.1  # share of examples with the empty caption, for classifier-free guidance
 LEVEL_MEAN, LEVEL_STD = 0.8, 1.1  # of log(noise / signal) in training
 NOISE: dict[str, Any] = {
@@ -90,7 +90,7 @@ SIZES = {
 }
 DISTILLED_STEPS = 4
 TEACHER_STEPS = 4  # of the cloud model for one of these
-DISTIL_BATCH = {"cpu": 8, "cuda": 512}
+DISTIL_BATCH = {"cpu": 8, "cuda": 256}
 
 
 def build_unet(size: Size, text_width: int) -> UNet2DConditionModel:
@@ -185,7 +185,7 @@ def train_diffusion(
         budget=budget,
         work=work,
         device=device,
-        ema=0.9985,
+        ema=EMA[kind],
         hidden=hidden_weights(unet),
         on_checkpoint=save,
     )
@@ -274,16 +274,15 @@ def _start_of_student(starter: Path, work: Path) -> UNet2DConditionModel:
 
 
 def _quick(unet: UNet2DConditionModel, kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the UNet's prediction as a function, in half precision on full-precision weights."""
+    """Return the UNet's prediction as a function, in mixed precision and compiled on a GPU."""
     # Plain attention is quicker than fused attention at 64 tokens on a CPU.
     unet.set_attn_processor(AttnProcessor2_0() if kind == "cuda" else AttnProcessor())
+    run = torch.compile(unet, dynamic=False) if kind == "cuda" else unet
 
     def forward(latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
-        latents = latents.to(torch.bfloat16, memory_format=torch.channels_last)
-        # Not autocast: it would keep every normalisation in full precision.
-        weights = {name: weight.bfloat16() for name, weight in unet.named_parameters()}
-        inputs = (latents, times, states.bfloat16())
-        predicted = functional_call(unet, weights, inputs, {"return_dict": False})[0]
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(kind, dtype=torch.bfloat16):
+            predicted: Tensor = run(latents, times, states, return_dict=False)[0]
         return predicted.float()
 
     return forward
@@ -296,14 +295,13 @@ class _Parts:
         self.vae = AutoencoderTiny.from_pretrained(work / "autoencoder", torch_dtype=torch.float32)
         self.text_encoder = to_transformers(starter / "clip").to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(starter / "clip")
+        self.quick_tokenizer = CLIPTokenizerFast.from_pretrained(starter / "clip")
         self.device = device
         self.vae.to(device).eval()
 
     def tokens(self, prompts: list[str]) -> Tensor:
         """Return token ids (B, n)."""
-        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        rows = encode(self.tokenizer, list(unique))
-        return rows[[unique[prompt] for prompt in prompts]].to(self.device)
+        return encode(self.quick_tokenizer, prompts).to(self.device)
 
     @torch.no_grad()
     def states(self, tokens: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def train_tokenizer(out: Path, seed: int) -> CLIPTokenizer:
     return tokenizer
 
 
-def encode(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+def encode(tokenizer: CLIPTokenizer | CLIPTokenizerFast, prompts: list[str]) -> Tensor:
     """Return token ids (B, context length), cut with a final END and padded with PAD's id 0."""
     encoded = tokenizer(
         prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length
