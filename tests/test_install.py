@@ -1,4 +1,4 @@
-"""Clean installs of the built wheels: the device alone without torch, export outside the clone."""
+"""Clean installs of the built wheels: a light device without torch, export outside the clone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.weight import BASE_LIMIT, weigh
 from cloud_server.starter import PACKAGE
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +119,13 @@ def test_without_the_models_export_says_how_to_get_them(outside: Path, tmp_path:
     assert "install the wheel routet2i-edge-models" in ran.stderr
     assert ran.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.xfail(
+    reason="260.5 MB on Python 3.11: 25.6 of a fresh environment, pip and setuptools, 234.9 of ours"
+)
+def test_the_base_is_light(base: Path) -> None:
+    assert weigh(base) < BASE_LIMIT
 
 
 def test_the_base_alone_decides_without_torch(base: Path, bundle: Path, tmp_path: Path) -> None:
