@@ -35,8 +35,9 @@ bench: $(VENV)/.runs
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist demo/bundle demo/bundle.partial demo/pictures demo/contact-sheet.png \
-		demo/report.json demo/cloud-server.log .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist models/dist demo/bundle demo/bundle.partial demo/pictures \
+		demo/contact-sheet.png demo/report.json demo/cloud-server.log .pytest_cache \
+		.hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

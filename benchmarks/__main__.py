@@ -17,6 +17,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.weight import BASE_LIMIT, weigh
 from cloud_server.starter import starter_folder
 from edge_agent import EdgeAgent, Request, Route, open_bundle
 from export.quiet import quiet
@@ -191,28 +192,22 @@ def _install() -> Row:
         folder = Path(name)
         _quietly(sys.executable, "-m", "build", "--wheel", "-o", folder, ROOT)
         (wheel,) = folder.glob("*.whl")
-        _quietly(sys.executable, "-m", "venv", folder / "venv")
-        pip = (folder / "venv" / "bin" / "python", "-m", "pip", "install")
+        environment = folder / "venv"
+        _quietly(sys.executable, "-m", "venv", environment)
+        fresh = weigh(environment)
+        pip = (environment / "bin" / "python", "-m", "pip", "install")
         _quietly(*pip, "-c", ROOT / "constraints.txt", wheel)
-        (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
-        files = [file for file in site.rglob("*") if file.is_file()]
-        total = _megabytes(files)
-        pip_itself = _megabytes(file for file in files if file.relative_to(site).parts[0] == "pip")
-        models = _megabytes(file for file in files if "starter_models" in file.parts)
+        total = weigh(environment)
     return Row(
         "base install",
-        f"{total:.0f} MB on disk",
-        "260 MB",
-        f"of it pip {pip_itself:.0f} MB, starter models {models:.0f} MB",
+        f"{total:.1f} MB on disk",
+        f"{BASE_LIMIT} MB",
+        f"the fresh environment alone, pip in it: {fresh:.1f} MB",
     )
 
 
 def _quietly(*command: object) -> None:
     subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
-
-
-def _megabytes(files: Iterable[Path]) -> float:
-    return sum(file.stat().st_blocks * 512 for file in files) / 1e6
 
 
 def _print_conditions(threads: int) -> None:

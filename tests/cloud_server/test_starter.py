@@ -22,14 +22,34 @@ def installed_in(folder: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("place", ["cloud_server/starter_models", "models/starter"])
-def test_the_models_are_found_in_a_wheel_and_in_a_clone(tmp_path, place):
-    module = installed_in(tmp_path)
-    (tmp_path / place / "edge").mkdir(parents=True)
-    (tmp_path / place / "edge" / "model_index.json").write_text("{}")
-    assert module.starter_folder() == tmp_path / place
+def put_models(folder: Path) -> Path:
+    """Make `folder` look like one of starter models."""
+    (folder / "edge").mkdir(parents=True)
+    (folder / "edge" / "model_index.json").write_text("{}")
+    return folder
 
 
-def test_their_absence_says_how_to_get_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match="cloud-server train-starter"):
+@pytest.fixture
+def wheel(tmp_path, monkeypatch) -> Path:
+    """The folder of models of an installed wheel, whose code fails if it is run."""
+    package = tmp_path / "site-packages" / cloud_server.starter.PACKAGE
+    models = put_models(package / "starter")
+    (package / "__init__.py").write_text("raise AssertionError")
+    monkeypatch.syspath_prepend(package.parent)
+    return models
+
+
+def test_the_models_are_found_in_their_wheel(tmp_path, wheel):
+    assert installed_in(tmp_path).starter_folder() == wheel
+
+
+@pytest.mark.usefixtures("wheel")
+def test_a_clone_comes_before_the_wheel(tmp_path):
+    clone = put_models(tmp_path / "models" / "starter")
+    assert installed_in(tmp_path).starter_folder() == clone
+
+
+def test_their_absence_says_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="the wheel routet2i-edge-models"):
         installed_in(tmp_path).starter_folder()

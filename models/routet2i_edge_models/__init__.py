@@ -1,0 +1,1 @@
+"""The starter models of RouteT2I Edge: data alone, in the folder `starter` of the wheel."""
