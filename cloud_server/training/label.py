@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -151,24 +151,40 @@ def label(
     """Draw and score every prompt with every seed on both models, and keep the scores in `out`.
 
     Both models start a picture from the same noise, which differs from prompt to prompt. `judge`
-    tells the scorer's CLIP model from others. The store is named by the digest of all that decides
-    the labels, which is its first line: a run that was killed goes on with the pictures that are
-    missing, and other models get a store of their own.
+    tells the scorer's CLIP model from others. Every model has a store of its own, named by the
+    digest of all that decides its labels, which is its first line: a run that was killed goes on
+    with the pictures that are missing, and a new edge model leaves the cloud's labels as they are.
     """
-    header = json.dumps(
-        {
-            "edge": edge.digest,
-            "cloud": cloud.digest,
-            "judge": judge,
-            "metrics": [asdict(metric) for metric in scorer.metrics],
-            "prompts": list(prompts),
-            "seeds": list(seeds),
-        }
-    )
-    digest = hashlib.sha256(header.encode()).hexdigest()[:12]
-    wanted = [
-        (model, p, s) for model in range(2) for p in range(len(prompts)) for s in range(len(seeds))
-    ]
+    q, digests = [], []
+    for painter in (edge, cloud):
+        header = json.dumps(
+            {
+                "model": painter.digest,
+                "judge": judge,
+                "metrics": [asdict(metric) for metric in scorer.metrics],
+                "prompts": list(prompts),
+                "seeds": list(seeds),
+            }
+        )
+        digest = hashlib.sha256(header.encode()).hexdigest()[:12]
+        q.append(_label_one(painter, scorer, prompts, seeds, out, digest, header, batch))
+        digests.append(digest)
+    names = tuple(metric.name for metric in scorer.metrics)
+    return Labels(np.stack(q), tuple(prompts), tuple(seeds), names, "-".join(digests))
+
+
+def _label_one(
+    painter: Painter,
+    scorer: Scorer,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    digest: str,
+    header: str,
+    batch: int,
+) -> NDArray[np.float64]:
+    """Return the qualities (prompt, seed, metric) of one model."""
+    wanted = [(p, s) for p in range(len(prompts)) for s in range(len(seeds))]
     out.mkdir(parents=True, exist_ok=True)
     store = out / f"labels-{digest}.jsonl"
     done = _resume(store, header)
@@ -177,31 +193,21 @@ def label(
         store.open("a", encoding="utf-8") as lines,
         tqdm(total=len(wanted), initial=len(done), desc="labels", unit="picture") as bar,
     ):
-        for keys in _batches(missing, batch):
-            painter = (edge, cloud)[keys[0][0]]
-            noise = [seeds[s] * 1_000_003 + p for _, p, s in keys]
-            pictures = painter.draw([prompts[p] for _, p, _ in keys], noise)
+        for start in range(0, len(missing), batch):
+            keys = missing[start : start + batch]
+            noise = [seeds[s] * 1_000_003 + p for p, s in keys]
+            pictures = painter.draw([prompts[p] for p, _ in keys], noise)
             for key, q in zip(keys, scorer.score(pictures), strict=True):
                 done[key] = [round(float(value), 6) for value in q]
                 lines.write(json.dumps({"at": key, "q": done[key]}) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
             bar.update(len(keys))
-    shape = (2, len(prompts), len(seeds), len(scorer.metrics))
-    q = np.array([done[key] for key in wanted]).reshape(shape)
-    names = tuple(metric.name for metric in scorer.metrics)
-    return Labels(q, tuple(prompts), tuple(seeds), names, digest)
+    shape = (len(prompts), len(seeds), len(scorer.metrics))
+    return np.array([done[key] for key in wanted]).reshape(shape)
 
 
-def _batches(keys: list[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut (model, prompt, seed) keys into batches of one model each."""
-    for model in range(2):
-        mine = [key for key in keys if key[0] == model]
-        for start in range(0, len(mine), size):
-            yield mine[start : start + size]
-
-
-def _resume(store: Path, header: str) -> dict[tuple[int, int, int], list[float]]:
+def _resume(store: Path, header: str) -> dict[tuple[int, int], list[float]]:
     """Return the scores in a store, starting it if need be and cutting off a half-written line."""
     text = store.read_text(encoding="utf-8") if store.exists() else ""
     whole = text[: text.rfind("\n") + 1]

@@ -45,6 +45,12 @@ def run(out, edge=None, cloud=None, prompts=PROMPTS, batch=2):
     return label(edge, cloud, scorer, prompts, SEEDS, out, judge="clip", batch=batch)
 
 
+def store_of(folder, model):
+    """Return the file of labels of a model."""
+    (store,) = [s for s in folder.iterdir() if f'"model": "{model}"' in s.read_text()]
+    return store
+
+
 def test_qualities_come_by_model_prompt_seed_and_metric(tmp_path):
     labels = run(tmp_path)
     assert labels.q.shape == (2, 3, 2, 2)
@@ -80,21 +86,21 @@ def test_a_finished_store_draws_nothing(tmp_path):
     np.testing.assert_array_equal(run(tmp_path, *idle).q, first.q)
 
 
-@pytest.mark.parametrize("cut", [1, 9, 40])
+@pytest.mark.parametrize("cut", [1, 9, 36])
 def test_a_line_that_was_half_written_is_drawn_again(tmp_path, cut):
     first = run(tmp_path)
-    (store,) = tmp_path.iterdir()
+    store = store_of(tmp_path, "cloud")
     store.write_bytes(store.read_bytes()[:-cut])
     edge, cloud = PlainPainter("edge"), PlainPainter("cloud")
     np.testing.assert_array_equal(run(tmp_path, edge, cloud).q, first.q)
     assert (len(edge.drawn), len(cloud.drawn)) == (0, 1)
     lines = store.read_text(encoding="utf-8").splitlines()
-    assert len([json.loads(line) for line in lines]) == 1 + 12
+    assert len([json.loads(line) for line in lines]) == 1 + 6
 
 
 def test_a_store_cut_within_its_first_line_starts_again(tmp_path):
     first = run(tmp_path)
-    (store,) = tmp_path.iterdir()
+    store = store_of(tmp_path, "cloud")
     store.write_bytes(store.read_bytes()[:20])
     np.testing.assert_array_equal(run(tmp_path).q, first.q)
 
@@ -102,10 +108,19 @@ def test_a_store_cut_within_its_first_line_starts_again(tmp_path):
 def test_other_models_or_prompts_get_a_store_of_their_own(tmp_path):
     digests = {
         run(tmp_path).digest,
-        run(tmp_path, cloud=PlainPainter("better cloud")).digest,
+        run(tmp_path, edge=PlainPainter("better edge")).digest,
         run(tmp_path, prompts=PROMPTS[:2]).digest,
     }
-    assert len(digests) == len(list(tmp_path.iterdir())) == 3
+    assert len(digests) == 3
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_new_edge_model_leaves_the_labels_of_the_cloud_as_they_are(tmp_path):
+    first = run(tmp_path)
+    cloud = PlainPainter("cloud", 0)
+    labels = run(tmp_path, edge=PlainPainter("better edge"), cloud=cloud)
+    np.testing.assert_array_equal(labels.q[1], first.q[1])
+    assert labels.q[0, ..., 1].max() > first.q[0, ..., 1].max()
 
 
 def test_sampled_prompts_differ_and_ask_for_one_to_five_objects_evenly():
