@@ -200,9 +200,9 @@ def _install() -> Row:
         total = weigh(environment)
     return Row(
         "base install",
-        f"{total:.1f} MB on disk",
+        f"{total - fresh:.1f} MB on disk",
         f"{BASE_LIMIT} MB",
-        f"the fresh environment alone, pip in it: {fresh:.1f} MB",
+        f"with what a fresh environment holds, pip in it: {total:.1f} MB",
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BASE_LIMIT = 260
+BASE_LIMIT = 260  # megabytes that installing the base may add to an environment
 
 
 def weigh(environment: Path) -> float:
-    """Return the megabytes of all that lies in site-packages, bytecode and pip included.
+    """Return the megabytes of all that lies in site-packages, bytecode included.
 
     Files count as the blocks they take, which is what a small disk runs out of.
     """

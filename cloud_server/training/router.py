@@ -39,7 +39,7 @@ guard()
 from transformers import CLIPTextModel, CLIPTokenizerFast  # noqa: E402  the guard must come first
 
 BATCH = 64
-MAX_EPOCHS = 40  # after that some hundred prompts are learnt by heart
+MAX_EPOCHS, MIN_STEPS = 40, 200  # after more, some hundred prompts are learnt by heart
 PROMPTS = {"cpu": 400, "cuda": 3000}
 PICTURES = {"cpu": 16, "cuda": 128}  # drawn at once
 HELD_OUT = 0.2
@@ -190,7 +190,7 @@ def fit_predictor(
     device: str,
 ) -> Predictor:
     """Train the predictor on D (N, k): soft-label cross-entropy per metric and MSE on PRS."""
-    most = max(1, round(MAX_EPOCHS * len(training) / BATCH))
+    most = max(MIN_STEPS, MAX_EPOCHS * len(training) // BATCH)
     config = PredictorConfig(width=features.hidden.shape[-1], experts=d.shape[1])
     model = Predictor(config)
     labels = torch.from_numpy(d).float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cloud_server.training.starter.autoencoder import build_autoencoder, whiten
+from cloud_server.training.starter.autoencoder import LATENT_CHANNELS, build_autoencoder, whiten
 
 
 def test_whitening_gives_latents_zero_mean_and_unit_covariance():
@@ -14,8 +14,8 @@ def test_whitening_gives_latents_zero_mean_and_unit_covariance():
     with torch.no_grad():
         whiten(vae, pictures)
         channels = vae.encode(pictures).latents.transpose(0, 1).flatten(1)
-    assert torch.allclose(torch.cov(channels), torch.eye(8), atol=1e-3)
-    assert torch.allclose(channels.mean(1), torch.zeros(8), atol=1e-3)
+    assert torch.allclose(torch.cov(channels), torch.eye(LATENT_CHANNELS), atol=1e-3)
+    assert torch.allclose(channels.mean(1), torch.zeros(LATENT_CHANNELS), atol=1e-3)
 
 
 def test_whitening_folds_into_the_decoder_exactly_but_for_its_clamp():

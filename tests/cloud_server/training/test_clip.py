@@ -71,7 +71,7 @@ def test_open_clip_opens_the_folder_with_its_tokenizer(folder, model):
 
 @needs_font
 def test_a_batch_depends_on_seed_and_step_alone():
-    first, again, other = (clip._batch(3, step) for step in (5, 5, 6))
+    first, again, other = (clip._batch(3, step, 8) for step in (5, 5, 6))
     assert (first[0] == again[0]).all()
     assert first[1] == again[1]
     assert torch.equal(first[2], again[2])
@@ -82,9 +82,9 @@ def test_a_batch_depends_on_seed_and_step_alone():
 @needs_font
 def test_the_committed_weights_know_the_world(model, tokenizer):
     report = clip.evaluate_clip(model, tokenizer, seed=11)
-    assert report["retrieval"] > 0.4  # of 256 captions; chance is 0.004
-    assert report["fooled"] < 0.3  # by a caption with one thing wrong; chance is 0.5
-    assert report["auroc"] > 0.6  # mean over the metrics at strength 0.5; chance is 0.5
+    assert report["retrieval"] > 0.9  # of 256 captions; chance is 0.004
+    assert report["fooled"] < 0.15  # by a caption with one thing wrong; chance is 0.5
+    assert report["auroc"] > 0.95  # mean over the metrics at strength 0.5; chance is 0.5
 
 
 def test_states_that_hold_their_tokens_are_recalled_best(tokenizer):
@@ -109,11 +109,9 @@ def test_training_writes_a_folder_and_resumes(tmp_path, monkeypatch):
     before = clip.load_clip(out)
     clip.train_recall(out, work, Budget(steps=2), seed=0, device="cpu")
     assert not torch.equal(before.positional_embedding, clip.load_clip(out).positional_embedding)
-    both = clip.load_clip(out)
+    before = clip.load_clip(out).state_dict()
     clip.train_picture_tower(out, work, Budget(steps=2), seed=0, device="cpu")
-    better = clip.load_clip(out)
-    captions = encode(clip.CLIPTokenizer.from_pretrained(out), PROMPTS[:2])
-    assert torch.equal(both.encode_text(captions), better.encode_text(captions))
-    poles = encode(clip.CLIPTokenizer.from_pretrained(out), clip.POLES)
-    assert not torch.equal(both.encode_text(poles), better.encode_text(poles))
-    assert type(both.visual) is not type(better.visual)
+    after = clip.load_clip(out).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("visual.") for name in changed)

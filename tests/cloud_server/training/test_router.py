@@ -140,9 +140,9 @@ def test_a_router_is_trained_from_two_model_folders(starter, tmp_path, capsys):
     assert Predictor.load(out).config.top_k == router["top_k"]
     assert "5 object(s): the cloud is better on" in capsys.readouterr().out
 
-    (store,) = work.glob("labels-*.jsonl")
-    labels = store.read_bytes()
+    labels = {store: store.read_bytes() for store in work.glob("labels-*.jsonl")}
+    assert len(labels) == 2
     train()
-    assert store.read_bytes() == labels
+    assert {store: store.read_bytes() for store in work.glob("labels-*.jsonl")} == labels
     assert not list(tmp_path.glob("*.partial"))
     assert json.loads((out / "router.json").read_text(encoding="utf-8")) == router

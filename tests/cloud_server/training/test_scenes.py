@@ -9,13 +9,19 @@ import pytest
 
 from cloud_server.training.starter import scenes
 from cloud_server.training.starter.scenes import (
+    COLOURS,
     COUNTS,
     NOUNS,
     PLACES,
+    VARIANTS,
     FontMissing,
+    Group,
+    Scene,
     batches,
     caption_negatives,
+    describe,
     draw,
+    held_out,
     sample_scene,
     write_sheet,
 )
@@ -45,19 +51,23 @@ def test_a_scene_has_as_many_objects_and_boxes_as_asked(objects):
         assert scene.objects == objects == len(scene.boxes)
 
 
+def said(words: str, scene: scenes.Scene) -> bool:
+    """Whether the caption holds these words or others that mean the same."""
+    articles = ("an",) if words == "a" else ()
+    padded = f" {scene.caption.replace(',', ' ')} "
+    return any(f" {one} " in padded for one in (words, *VARIANTS[words], *articles))
+
+
 def test_captions_name_everything_in_the_scene(many):
     for scene in many:
         for group in scene.groups:
             stem = group.noun[:4]  # plurals keep it
             assert stem in scene.caption
-            if group.colour:
-                assert group.colour in scene.caption
-            if group.count > 1:
-                assert COUNTS[group.count] in scene.caption
-        if scene.relation:
-            assert scene.relation in scene.caption
-        if scene.place:
-            assert scene.place in scene.caption
+            assert (group.colour or "") in scene.caption
+            assert said(COUNTS[group.count], scene)
+            assert not group.size or said(group.size, scene)
+        assert not scene.relation or said(scene.relation, scene)
+        assert not scene.place or said(scene.place, scene)
 
 
 def test_relations_are_true_of_the_boxes(many):
@@ -94,6 +104,28 @@ def test_every_noun_and_place_turns_up(many):
     captions = " ".join(scene.caption for scene in many)
     assert all(noun[:4] in captions for noun in NOUNS)
     assert all(place in captions for place in PLACES)
+    assert all(variant in captions for words in VARIANTS.values() for variant in words)
+
+
+@pytest.mark.parametrize("objects", [1, 2, 3, 4, 5])
+def test_training_never_sees_what_is_held_out(objects):
+    rng = np.random.default_rng(0)
+    assert not any(held_out(sample_scene(rng, objects)) for _ in range(100))
+    unseen = [sample_scene(rng, objects, unseen=True) for _ in range(20)]
+    assert all(held_out(scene) for scene in unseen)
+    assert all(scene.objects == objects for scene in unseen)
+
+
+def test_about_one_pairing_in_twelve_is_held_out():
+    pairs = [Scene((Group(n, colour=c),), None, None, (), "") for n in NOUNS for c in COLOURS]
+    assert 1 / 18 < np.mean([held_out(scene) for scene in pairs]) < 1 / 8
+
+
+def test_the_plainest_wording_says_things_as_they_are_named():
+    groups = (Group("owl"), Group("apple", 2, "red", "small"))
+    assert describe(Scene(groups, "above", "at night", (), "")) == (
+        "an owl above two small red apples at night"
+    )
 
 
 @needs_font
