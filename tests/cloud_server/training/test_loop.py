@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cloud_server.training.loop import Budget, KernelMuon, fit
+from cloud_server.training.loop import Budget, KernelMuon, Prefetch, fit
 
 
 class Killed(Exception):
@@ -115,3 +115,10 @@ def test_the_average_is_what_gets_shipped_and_training_goes_on_from_the_raw_weig
     assert torch.equal(shipped[-1], state["average"]["weight"])
     assert torch.equal(final.weight, state["average"]["weight"])
     assert not torch.equal(state["model"]["weight"], state["average"]["weight"])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # the workers themselves need no GPU
+def test_data_made_ahead_are_those_of_the_step_asked_for(device):
+    data = Prefetch(lambda step: torch.full((2,), step), device)
+    assert [data(step)[0].item() for step in (3, 4, 5, 9, 10, 0)] == [3, 4, 5, 9, 10, 0]
