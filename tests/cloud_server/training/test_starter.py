@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,10 @@ from PIL import Image
 
 from cloud_server.starter import starter_folder
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.starter import autoencoder, clip, diffusion, scenes
-from cloud_server.training.starter.cli import STAGES, train_starter
+from cloud_server.training import router
+from cloud_server.training.starter import autoencoder, clip, diffusion, judge, scenes
+from cloud_server.training.starter.cli import train_starter
+from edge_agent import EdgeAgent, Request, open_bundle
 
 guard()
 from diffusers import StableDiffusionPipeline  # noqa: E402  the guard must come first
@@ -27,7 +31,7 @@ needs_font = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with out/ and work/ after three steps of every stage before the router."""
+    """Return a folder with out/ and work/ after three steps of every stage."""
     root = tmp_path_factory.mktemp("starter")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(diffusion.SCENES, "cpu", 64)
@@ -35,9 +39,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setitem(diffusion.DISTIL_BATCH, "cpu", 2)
         patch.setitem(clip.BATCH, "cpu", 8)
         patch.setitem(autoencoder.SCENES, "cpu", 2)
+        patch.setitem(judge.BATCH, "cpu", 8)
+        patch.setitem(router.PROMPTS, "cpu", 10)
         run = CliRunner().invoke(
             train_starter,
-            [*STAGES[:-1], "-o", str(root / "out"), "--work", str(root / "work"), "--steps", "3"],
+            ["-o", str(root / "out"), "--work", str(root / "work"), "--steps", "3"],
             catch_exceptions=False,
         )
     assert run.exit_code == 0, run.output
@@ -62,6 +68,17 @@ def test_both_models_are_conditioned_by_the_one_text_encoder(trained):
     weights = "text_encoder/model.safetensors"
     edge, cloud = trained / "out" / "edge" / weights, trained / "out" / "cloud" / weights
     assert edge.read_bytes() == cloud.read_bytes()
+
+
+@needs_font
+@pytest.mark.slow
+def test_what_was_trained_is_exported_and_draws(trained, tmp_path):
+    export = [sys.executable, "-m", "export", "--quiet", "--starter", trained / "out"]
+    subprocess.run([*export, "-o", tmp_path / "bundle"], check=True, capture_output=True)
+    with EdgeAgent(open_bundle(tmp_path / "bundle")) as agent:
+        result = agent.generate(Request("two red apples above a cat", seed=1))
+    assert result.picture.image.size == (128, 128)
+    assert result.picture.steps == diffusion.DISTILLED_STEPS
 
 
 SHEETS = {
