@@ -83,8 +83,8 @@ def _check_earlier_stages(stage: str, out: Path, work: Path) -> None:
         "clip": {"tokenizer": out / "clip" / "tokenizer.json"},
         "cloud": {"clip": out / "clip" / CLIP_WEIGHTS, "autoencoder": work / "autoencoder"},
         "edge": {"clip": out / "clip" / CLIP_WEIGHTS, "autoencoder": work / "autoencoder"},
-        "distil": {"edge": out / "edge", "cloud": out / "cloud"},
-        "router": {"edge": out / "edge", "cloud": out / "cloud"},
+        "distil": {"edge": work / "edge", "cloud": out / "cloud"},
+        "router": {"distil": out / "edge", "cloud": out / "cloud"},
     }
     for earlier, path in needed.get(stage, {}).items():
         if not path.exists():

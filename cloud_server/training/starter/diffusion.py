@@ -140,9 +140,11 @@ def scheduler() -> DPMSolverMultistepScheduler:
 def train_diffusion(
     name: str, starter: Path, work: Path, budget: Budget, seed: int, device: str
 ) -> None:
-    """Train the `edge` or `cloud` model and save it as a diffusers folder `starter/<name>`.
+    """Train the `edge` or `cloud` model and save it as a diffusers folder.
 
-    Needs the stages clip and autoencoder. A sheet of samples goes to `work/<name>.png`.
+    The cloud model goes to `starter/cloud`, the edge model, which `distil` goes on with, to
+    `work/edge`. Needs the stages clip and autoencoder. A sheet of samples goes to
+    `work/<name>.png`.
     """
     torch.manual_seed(seed)
     size = SIZES[name]
@@ -176,8 +178,10 @@ def train_diffusion(
         loss = F.mse_loss(predicted, velocity)
         return loss, {"loss": loss.item()}
 
+    out = work / name if name == "edge" else starter / name
+
     def save(ready: UNet2DConditionModel) -> None:
-        save_model(parts.pipeline(ready, schedule), size, starter / name, work / f"{name}.png")
+        save_model(parts.pipeline(ready, schedule), size, out, work / f"{name}.png")
 
     fit(
         name,
@@ -203,7 +207,7 @@ def distil(starter: Path, work: Path, budget: Budget, seed: int, device: str) ->
     teacher does. Half of a batch goes on from where the student itself has landed, so that it also
     learns to make good its own errors.
 
-    Needs the stages edge and cloud; replaces `starter/edge`, and samples go to `work/distil.png`.
+    Needs the stages edge and cloud; writes `starter/edge`, and samples go to `work/distil.png`.
     """
     torch.manual_seed(seed)
     kind = torch.device(device).type
@@ -219,11 +223,15 @@ def distil(starter: Path, work: Path, budget: Budget, seed: int, device: str) ->
     schedule.set_timesteps(DISTILLED_STEPS)
     stops = [*schedule.timesteps.tolist(), -1]  # -1 is the clean picture
     alphas = torch.cat([schedule.alphas_cumprod, torch.ones(1)]).to(device)
-    student = _start_of_student(starter, work)
-    taught_by = work / "distil-start" if TEACHER[kind] == "edge" else starter / "cloud" / "unet"
-    teacher = UNet2DConditionModel.from_pretrained(taught_by).float()
+    folders = {"edge": work / "edge", "cloud": starter / "cloud"}
+    student, teacher = (
+        UNet2DConditionModel.from_pretrained(folders[name] / "unet", torch_dtype=torch.float32).to(
+            memory_format=torch.channels_last
+        )
+        for name in ("edge", TEACHER[kind])
+    )
     batch = DISTIL_BATCH[kind]
-    follow = _quick(teacher.to(device, memory_format=torch.channels_last).eval(), kind)
+    follow = _quick(teacher.to(device).eval(), kind)
     forward = _quick(student, kind)
 
     @torch.no_grad()
@@ -270,15 +278,6 @@ def ddim_step(
     a, s, a_next, s_next = kept.sqrt(), (1 - kept).sqrt(), later.sqrt(), (1 - later).sqrt()
     clean, noise = a * latents - s * velocity, s * latents + a * velocity
     return a_next * clean + s_next * noise, s_next * a - a_next * s
-
-
-def _start_of_student(starter: Path, work: Path) -> UNet2DConditionModel:
-    """Return the edge model as diffusion training left it; a copy stays in `work`."""
-    kept = work / "distil-start"
-    if not kept.exists():
-        shutil.copytree(starter / "edge" / "unet", kept)
-    unet = UNet2DConditionModel.from_pretrained(kept).float()
-    return unet.to(memory_format=torch.channels_last)
 
 
 def _quick(unet: UNet2DConditionModel, kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
