@@ -52,13 +52,16 @@ class Scorer(Protocol):
         """The metrics, in the order of the scores."""
         ...
 
-    def score(self, pictures: Sequence[Image]) -> NDArray[np.floating[Any]]:
-        """Return the qualities (B, k), each in (0, 1)."""
+    def score(self, pictures: Sequence[Image], prompts: Sequence[str]) -> NDArray[np.floating[Any]]:
+        """Return the qualities (B, k) of pictures drawn for prompts, each in 0..1."""
         ...
 
 
 class PipelinePainter:
-    """A text-to-image pipeline of diffusers, drawing with the settings of its defaults.json."""
+    """A text-to-image pipeline of diffusers, drawing with the settings of its defaults.json.
+
+    It draws in bfloat16, as a server on a GPU does; on a CPU that takes half the time.
+    """
 
     def __init__(self, folder: Path, device: str) -> None:
         pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
@@ -66,6 +69,7 @@ class PipelinePainter:
         if hasattr(pipeline, "unet"):
             pipeline.unet.to(memory_format=torch.channels_last)
         self._pipeline = pipeline.to(device)
+        self._kind = torch.device(device).type
         self._settings = {"num_inference_steps": 20, "guidance_scale": 7.5}
         defaults = folder / "defaults.json"
         if defaults.exists():
@@ -82,9 +86,9 @@ class PipelinePainter:
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """Return a picture per prompt, from noise of the CPU so that devices agree."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        images: list[Image] = self._pipeline(
-            list(prompts), generator=generators, **self._settings
-        ).images
+        with torch.autocast(self._kind, dtype=torch.bfloat16):
+            drawn = self._pipeline(list(prompts), generator=generators, **self._settings)
+        images: list[Image] = drawn.images
         return images
 
 
@@ -196,8 +200,9 @@ def _label_one(
         for start in range(0, len(missing), batch):
             keys = missing[start : start + batch]
             noise = [seeds[s] * 1_000_003 + p for p, s in keys]
-            pictures = painter.draw([prompts[p] for p, _ in keys], noise)
-            for key, q in zip(keys, scorer.score(pictures), strict=True):
+            asked = [prompts[p] for p, _ in keys]
+            pictures = painter.draw(asked, noise)
+            for key, q in zip(keys, scorer.score(pictures, asked), strict=True):
                 done[key] = [round(float(value), 6) for value in q]
                 lines.write(json.dumps({"at": key, "q": done[key]}) + "\n")
             lines.flush()

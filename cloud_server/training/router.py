@@ -44,6 +44,7 @@ PROMPTS = {"cpu": 400, "cuda": 3000}
 PICTURES = {"cpu": 16, "cuda": 128}  # drawn at once
 HELD_OUT = 0.2
 DEFAULT_SHARE = 0.3
+ALIGNMENT_WEIGHT = 0.5  # what is drawn counts as much as how it looks
 PROBE = "two red apples to the left of a cat"
 
 
@@ -83,7 +84,7 @@ def train_router(
     kind = torch.device(device).type
     prompts = prompts or PROMPTS[kind]
     edge, cloud = edge or starter / "edge", cloud or starter / "cloud"
-    scorer = QualityScorer.open(starter / "clip", device=device)
+    scorer = QualityScorer.open(starter / "clip", device=device, alignment=ALIGNMENT_WEIGHT)
     sampled = sample_prompts(prompts + calibration, seed)
     texts = [prompt.text for prompt in sampled]
     painters = PipelinePainter(edge, device), PipelinePainter(cloud, device)

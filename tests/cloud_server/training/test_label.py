@@ -20,7 +20,7 @@ class BrightnessScorer:
 
     metrics = (Metric("Red", "a", "b", 0.5), Metric("Green", "a", "b", 0.5))
 
-    def score(self, pictures):
+    def score(self, pictures, prompts):
         return np.stack([np.asarray(p, np.float64)[..., :2].mean((0, 1)) / 255 for p in pictures])
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cloud_server.starter import starter_folder
-from cloud_server.training.quality import QualityScorer, load_metrics
+from cloud_server.training.quality import ALIGNMENT, QualityScorer, load_metrics
 from cloud_server.training.starter.degradations import degrade
 from cloud_server.training.starter.scenes import FONT_PATHS, batches
 
@@ -80,3 +80,17 @@ def test_spoiled_scenes_score_lower_on_their_metric(scorer, metric):
     bad = scorer.score([_image(p) for p in spoiled])[:, index]
     assert bad.mean() < good.mean()
     assert np.mean(bad < good) > 0.6
+
+
+@needs_font
+def test_alignment_is_how_well_a_picture_shows_its_prompt():
+    scorer = QualityScorer.open(starter_folder() / "clip", alignment=0.5)
+    pictures, captions, _ = next(batches(seed=5, batch=32))
+    images = [Image.fromarray(picture) for picture in pictures]
+    assert [m.name for m in scorer.metrics][10:] == [ALIGNMENT]
+    assert sum(m.weight for m in scorer.metrics) == pytest.approx(1)
+    own = scorer.score(images, captions, batch=5)
+    others = scorer.score(images, captions[1:] + captions[:1])
+    np.testing.assert_allclose(own[:, :10], others[:, :10], atol=1e-4)
+    assert (own[:, 10] > others[:, 10]).mean() > 0.95
+    assert others.min() >= 0

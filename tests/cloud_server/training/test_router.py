@@ -121,7 +121,8 @@ def test_a_router_is_trained_from_two_model_folders(starter, tmp_path, capsys):
 
     train()
     router = json.loads((out / "router.json").read_text(encoding="utf-8"))
-    assert [len(router[key]) for key in ("metrics", "score_digest")] == [10, 200]
+    assert [len(router[key]) for key in ("metrics", "score_digest")] == [11, 200]
+    assert router["metrics"][-1]["name"] == "Alignment"
     assert router["metrics"][0].keys() == {
         "name",
         "positive",
