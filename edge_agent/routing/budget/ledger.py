@@ -223,13 +223,13 @@ class Ledger:
     def _check_format(self, db: sqlite3.Connection) -> None:
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if not db.execute("SELECT 1 FROM sqlite_master").fetchone() and not version:
+        if self.path.stat().st_size == 0:
             for statement in _SCHEMA:
                 db.execute(statement)
         elif application != APPLICATION:
             raise LedgerError(
-                f"{self.path} is a database of another program and no budget's ledger; "
-                "name another file with --ledger"
+                f"{self.path} is no budget's ledger; move it away, "
+                "or name another file with --ledger"
             )
         elif version > FORMAT:
             raise LedgerError(
