@@ -1,7 +1,8 @@
 """The one door of the device: a request in; decided, drawn here or in the cloud; a result out.
 
-A cloud that does not answer with a picture is replaced by the edge, and the result says why. No
-cloud client is touched for a private request, for route `edge`, or by an offline agent.
+A cloud that does not answer with a picture, or for which the budget has no room, is replaced by the
+edge, and the result says why. Neither a cloud client nor the budget is touched for a private
+request, for route `edge`, or by an offline agent.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -21,9 +23,12 @@ from edge_agent.errors import (
     ConfigError,
     DeadlineExceeded,
     GenerationError,
+    LedgerError,
     Unreachable,
 )
 from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, check_prompt, check_request
+from edge_agent.routing.budget.ledger import Ledger, Reservation
+from edge_agent.routing.budget.pacer import Pacer
 from edge_agent.routing.encoder import Encoded, TextEncoder, Tokenizer
 from edge_agent.routing.router import Router
 from edge_agent.runtime.session import Session
@@ -100,13 +105,17 @@ class LazyCloud:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One request on its way through the agent; `deadline` is a reading of the agent's clock."""
+    """One request on its way through the agent; `deadline` is a reading of the agent's clock.
+
+    `admitted` is the call to the cloud that the decision has reserved.
+    """
 
     request: Request
     request_id: str
     seed: int
     encoded: Encoded
     deadline: float
+    admitted: Reservation | None
     on_event: OnEvent | None
     cancellation: Cancellation | None
 
@@ -115,8 +124,8 @@ class EdgeAgent:
     """Routes prompts and draws pictures with a bundle, and with a cloud where there is one.
 
     Networks are opened when first needed: deciding opens the text encoder and the predictor only.
-    `share` is the share of prompts that may go to the cloud, by default the bundle's own. Calls
-    may come from several threads.
+    `share` is the share of prompts that may go to the cloud, by default the bundle's own; `budget`
+    keeps it over time, and its limits with it. Calls may come from several threads.
     """
 
     def __init__(
@@ -125,6 +134,7 @@ class EdgeAgent:
         *,
         cloud: CloudGenerator | None = None,
         share: float | None = None,
+        budget: Ledger | None = None,
         offline: bool = False,
         threads: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -132,6 +142,8 @@ class EdgeAgent:
         self.bundle = bundle
         self._cloud = None if offline else cloud
         self._share = bundle.router.default_share if share is None else share
+        self._budget = None if self._cloud is None else budget
+        self._pacer = Pacer(bundle.router.score_digest, self._share)
         self._offline = offline
         self._threads = threads
         self._clock = clock
@@ -160,9 +172,13 @@ class EdgeAgent:
             self._open_drawing()
 
     def route(self, prompt: str) -> Decision:
-        """Decide where `prompt` would be drawn; opens no socket and draws nothing."""
+        """Decide where `prompt` would be drawn; opens no socket, draws and spends nothing."""
         check_prompt(prompt)
-        return self._open_deciding()[0].decide(prompt)[0]
+        router, _ = self._open_deciding()
+        decision, _ = router.decide(prompt)
+        if self._budget is None:
+            return decision
+        return router.under(self._pacer.threshold(self._budget.pace()), decision)
 
     def generate(
         self,
@@ -172,8 +188,8 @@ class EdgeAgent:
     ) -> Result:
         """Draw `request` on the side it belongs to, or on the other when that one fails.
 
-        Raises ConfigError for a request nobody could draw, Cancelled, or GenerationError when the
-        last side that was allowed has failed.
+        Raises ConfigError for a request nobody could draw, Cancelled, LedgerError when the budget
+        cannot be read, or GenerationError when the last side that was allowed has failed.
         """
         check_request(request)
         if request.route is Route.CLOUD and not self._cloud_allowed(request):
@@ -182,7 +198,7 @@ class EdgeAgent:
         router, _ = self._open_deciding()
         opened = self._clock()
         decision, encoded = router.decide(request.prompt)
-        decision = self._overrule(decision, request)
+        decision, admitted = self._admit(router, self._overrule(decision, request), request)
         decided = self._clock()
         call = _Call(
             request=request,
@@ -190,6 +206,7 @@ class EdgeAgent:
             seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
             encoded=encoded,
             deadline=started + (request.deadline_s or DEFAULT_DEADLINE_S),
+            admitted=admitted,
             on_event=on_event,
             cancellation=cancellation,
         )
@@ -240,6 +257,19 @@ class EdgeAgent:
             return replace(decision, route=Route.EDGE, reason="offline: drawn on this device")
         return decision
 
+    def _admit(
+        self, router: Router, decision: Decision, request: Request
+    ) -> tuple[Decision, Reservation | None]:
+        """Decide under the budget's threshold where the router has the say; reserve the call."""
+        if (
+            self._budget is None
+            or request.route is not Route.AUTO
+            or not self._cloud_allowed(request)
+        ):
+            return decision, None
+        admission = self._budget.admit(self._pacer, decision.score)
+        return router.under(admission.threshold, decision), admission.reservation
+
     def _draw(self, call: _Call, first: Route) -> tuple[Picture, Route, str | None]:
         """Return the picture, the side that drew it and, after a fallback, the reason for it."""
         try:
@@ -254,7 +284,7 @@ class EdgeAgent:
             call.on_event(Fallback(second, reason))
         try:
             return self._draw_on(second, call), second, reason
-        except (CloudError, GenerationError, BundleError) as err:
+        except (CloudError, GenerationError, BundleError, LedgerError) as err:
             raise GenerationError(
                 f"neither side could draw: {first.value}: {reason}; {second.value}: {err}"
             ) from err
@@ -273,17 +303,39 @@ class EdgeAgent:
             )
         if self._cloud is None:
             raise Unreachable(self._why_no_cloud(call.request))
-        remaining_s = call.deadline - self._clock()
-        if remaining_s <= 0:
-            raise DeadlineExceeded("the deadline passed before the cloud could be asked")
-        return self._cloud.generate(
-            call.request,
-            request_id=call.request_id,
-            seed=call.seed,
-            deadline_s=remaining_s,
-            on_event=call.on_event,
-            cancellation=call.cancellation,
-        )
+        with self._paid(call):
+            remaining_s = call.deadline - self._clock()
+            if remaining_s <= 0:
+                raise DeadlineExceeded(
+                    "the deadline passed before the cloud could be asked", maybe_drawn=False
+                )
+            return self._cloud.generate(
+                call.request,
+                request_id=call.request_id,
+                seed=call.seed,
+                deadline_s=remaining_s,
+                on_event=call.on_event,
+                cancellation=call.cancellation,
+            )
+
+    @contextmanager
+    def _paid(self, call: _Call) -> Iterator[None]:
+        """Reserve a call to the cloud; give it back only if the cloud certainly drew nothing."""
+        if self._budget is None:
+            yield
+            return
+        reservation = call.admitted or self._budget.reserve()
+        finish = self._budget.settle
+        try:
+            yield
+        except (CloudError, ConfigError) as err:  # ConfigError: it could not even be sent
+            if isinstance(err, ConfigError) or not err.maybe_drawn:
+                finish = self._budget.release
+            raise
+        finally:
+            # What cannot be noted stays spent: no reason to lose the picture, or the error.
+            with suppress(LedgerError):
+                finish(reservation)
 
     def _models(self, drawn_on: Route, picture: Picture) -> dict[str, str]:
         predictor = self.bundle.component(self.bundle.router.predictor)

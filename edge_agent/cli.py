@@ -23,6 +23,7 @@ from edge_agent.types import Cancellation, Decision, Event, Fallback, OnEvent, Q
 
 if TYPE_CHECKING:
     from edge_agent.agent import EdgeAgent
+    from edge_agent.routing.budget.ledger import Ledger
 
 PROGRAM = "edge-agent"
 T = TypeVar("T")
@@ -213,9 +214,20 @@ def _open_agent(settings: Settings) -> EdgeAgent:
         open_bundle(settings.bundle),
         cloud=None if address is None else LazyCloud(lambda: _connect(address)),
         share=settings.share,
+        budget=_budget(settings),
         offline=settings.offline,
         threads=settings.threads,
     )
+
+
+def _budget(settings: Settings) -> Ledger | None:
+    limited = (settings.budget_pictures, settings.budget_cost) != (None, None)
+    if not (settings.pace or limited):
+        return None
+    from edge_agent.routing.budget.ledger import Ledger, Limits
+
+    limits = Limits(settings.budget_pictures, settings.budget_cost, settings.cloud_cost)
+    return Ledger(settings.ledger, limits)
 
 
 def _connect(address: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -17,6 +18,8 @@ from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, MAX_STEPS
 from edge_agent.types import Request, Route
 
 ENV_PREFIX = "EDGE_AGENT_"
+_LEAST_MONEY, _MOST_MONEY = Decimal("0.000001"), Decimal(1_000_000)
+_AMOUNT = "an amount from 0 to 1000000 with at most six decimals"
 T = TypeVar("T")
 
 
@@ -59,6 +62,17 @@ def _positive(text: str) -> float:
     return value
 
 
+def _money(text: str) -> Decimal:
+    try:
+        amount = Decimal(text)
+        # Counted in whole millionths: a finer amount would silently become another one.
+        if 0 <= amount <= _MOST_MONEY and amount == amount.quantize(_LEAST_MONEY):
+            return amount
+    except InvalidOperation as err:
+        raise ValueError(text) from err
+    raise ValueError(text)
+
+
 def _size(text: str) -> tuple[int, int]:
     width, height = text.lower().split("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
@@ -85,6 +99,24 @@ OPTIONS: dict[str, Option[Any]] = {
     "cloud": Option(
         _address, None, "HOST:PORT, such as 127.0.0.1:50051", "Address of the cloud.", "HOST:PORT"
     ),
+    "pace": Option(
+        _switch,
+        False,
+        "true or false",
+        "Keep the share over time, also without a budget; with one it is kept anyway.",
+    ),
+    "budget_pictures": Option(
+        _between(int, 0, 10**9),
+        None,
+        "a whole number from 0 up",
+        "Pictures that the cloud may draw in a day.",
+        "NUMBER",
+    ),
+    "budget_cost": Option(
+        _money, None, _AMOUNT, "What the cloud may cost in a day; needs --cloud-cost.", "AMOUNT"
+    ),
+    "cloud_cost": Option(_money, None, _AMOUNT, "What a picture from the cloud costs.", "AMOUNT"),
+    "ledger": Option(Path, None, "a file", "Where the budget is kept.", "FILE"),
     "route": Option(
         Route, Route.AUTO, "auto, edge or cloud", "Where to draw: auto, edge or cloud.", "SIDE"
     ),
@@ -145,6 +177,11 @@ class Settings:
     share: float | None
     offline: bool
     cloud: str | None
+    pace: bool
+    budget_pictures: int | None
+    budget_cost: Decimal | None
+    cloud_cost: Decimal | None
+    ledger: Path
     route: Route
     deadline: float
     private: bool
@@ -184,6 +221,13 @@ def config_path() -> Path:
     return Path(platformdirs.user_config_dir("routet2i-edge")) / "config.toml"
 
 
+def ledger_path() -> Path:
+    """Return where the budget is kept unless told otherwise: the user's state folder."""
+    import platformdirs
+
+    return Path(platformdirs.user_state_dir("routet2i-edge")) / "budget.sqlite3"
+
+
 def resolve(
     flags: Mapping[str, str | bool | None],
     env: Mapping[str, str],
@@ -214,6 +258,7 @@ def resolve(
         from edge_agent.bundle import default_path
 
         values["bundle"] = default_path()
+    values["ledger"] = values["ledger"] or ledger_path()
     return Settings(**values, sources=sources)
 
 

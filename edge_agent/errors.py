@@ -6,11 +6,13 @@ AgentError
   GenerationError       drawing on the device failed
   Cancelled             the user stopped the work (exit 130)
   OutputError           the picture could not be written
+  LedgerError           the budget's ledger cannot be read or written
   CloudError            the cloud did not answer with a picture
     Unreachable           nobody answers there, or the connection broke
     Refused               the server declined, now or for this request
     DeadlineExceeded      the picture did not come in time
     Misbehaved            the server answered with something that is not a picture
+    OverBudget            the budget leaves no room for a picture, so nobody was asked
 """
 
 
@@ -38,8 +40,19 @@ class OutputError(AgentError):
     """The picture could not be written."""
 
 
+class LedgerError(AgentError):
+    """The budget's ledger cannot be read or written."""
+
+
 class CloudError(AgentError):
-    """The cloud did not answer with a picture."""
+    """The cloud did not answer with a picture.
+
+    `maybe_drawn`: it may have drawn one all the same, and then that has to be paid for.
+    """
+
+    def __init__(self, message: str, *, maybe_drawn: bool = True) -> None:
+        super().__init__(message)
+        self.maybe_drawn = maybe_drawn
 
 
 class Unreachable(CloudError):
@@ -50,7 +63,7 @@ class Refused(CloudError):
     """The server declined the request."""
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message, maybe_drawn=False)
         self.retry_after_s = retry_after_s
 
 
@@ -60,3 +73,7 @@ class DeadlineExceeded(CloudError):
 
 class Misbehaved(CloudError):
     """The server answered with something that is not a picture."""
+
+
+class OverBudget(CloudError):
+    """The budget leaves no room for a picture, so nobody was asked."""

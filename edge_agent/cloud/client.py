@@ -39,6 +39,10 @@ MAX_PIXELS = 4096 * 4096
 _SERVICE = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_HEAD = struct.Struct(">8s8xII")
+# How gRPC says that no connection came about, in the last of its attempts: it tells nothing of the
+# others. Where it says anything else, something may have been sent; should its words change, calls
+# count as spent that were not.
+_NEVER_CONNECTED = ("failed to connect to all addresses", "errors resolving ")
 _PUSHBACK = "grpc-retry-pushback-ms"
 _REFUSALS = frozenset(
     {
@@ -254,7 +258,8 @@ class CloudClient:
             return Refused(f"{where} refused: {said}", _retry_after_s(pushback))
         if code in (status.UNAVAILABLE, status.CANCELLED):
             return Unreachable(
-                f"{where} cannot be reached ({said}); check that a cloud-server runs there"
+                f"{where} cannot be reached ({said}); check that a cloud-server runs there",
+                maybe_drawn=not said.startswith(_NEVER_CONNECTED),
             )
         return Misbehaved(f"{where} failed with {code.name}: {said}; see the server's log")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -52,11 +53,19 @@ class Router:
         distances = [float(value) for value in d[0]]
         prs = float(superiority(distances, self._weights))
         score = 1.0 - prs
-        route = Route.CLOUD if score > self.threshold else Route.EDGE
         metrics = dict(zip(self._names, distances, strict=True))
-        reason = explain(score, self.threshold, self.share, metrics)
-        return Decision(
-            route, reason, prs, score, self.threshold, self.share, metrics, encoded.dropped
+        judged = Decision(
+            Route.EDGE, "", prs, score, self.threshold, self.share, metrics, encoded.dropped
+        )
+        return self.under(self.threshold, judged)
+
+    def under(self, threshold: float, decision: Decision) -> Decision:
+        """Return what the same judgement of a prompt decides under another threshold."""
+        return replace(
+            decision,
+            route=Route.CLOUD if decision.score > threshold else Route.EDGE,
+            reason=explain(decision.score, threshold, self.share, decision.metrics),
+            threshold=threshold,
         )
 
 

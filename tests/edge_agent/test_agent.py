@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from edge_agent.errors import (
     ConfigError,
     DeadlineExceeded,
     GenerationError,
+    LedgerError,
     Misbehaved,
     Refused,
     Unreachable,
 )
+from edge_agent.routing.budget.ledger import Ledger, Limits
+from edge_agent.routing.budget.pacer import Pace
 from edge_agent.types import (
     Cancellation,
     Event,
@@ -323,3 +328,136 @@ def test_closing_the_agent_closes_the_cloud(make_agent: MakeAgent) -> None:
     with make_agent(cloud=cloud):
         pass
     assert cloud.closed
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """A budget of two pictures a day, on a day that never ends."""
+    return Ledger(tmp_path / "ledger.sqlite3", Limits(pictures=2), clock=lambda: 1e9)
+
+
+def test_a_spent_budget_draws_here_and_says_why(make_agent: MakeAgent, ledger: Ledger) -> None:
+    cloud = Cloud()
+    agent = make_agent(cloud=cloud, budget=ledger, share=1.0)
+    results = [agent.generate(Request(HARD, route=route)) for route in (*Route, Route.AUTO)]
+    assert [result.drawn_on.value for result in results] == ["cloud", "edge", "cloud", "edge"]
+    assert results[-1].decision.route is Route.CLOUD
+    assert results[-1].fallback_from is Route.CLOUD
+    assert results[-1].fallback_reason is not None
+    assert "budget of 2 cloud pictures a day is spent" in results[-1].fallback_reason
+    asked = agent.generate(Request(EASY, route=Route.CLOUD))
+    assert (asked.drawn_on, asked.fallback_from) == (Route.EDGE, Route.CLOUD)
+    assert len(cloud.asked) == 2
+    assert (ledger.spent().pictures, ledger.spent().unsure) == (2, 0)
+
+
+@pytest.mark.parametrize("route", [Route.AUTO, Route.CLOUD])
+@pytest.mark.parametrize(
+    ("error", "spent"),
+    [
+        (Unreachable("no connection", maybe_drawn=False), 0),
+        (Unreachable("the connection broke"), 1),
+        (Refused("busy"), 0),
+        (DeadlineExceeded("no picture within 3 s"), 1),
+        (Misbehaved("not a picture"), 1),
+        (Cancelled("stopped"), 1),
+        (ConfigError("half a surrogate pair"), 0),
+    ],
+    ids=lambda value: str(value),
+)
+def test_only_what_certainly_was_not_drawn_is_given_back(
+    make_agent: MakeAgent, ledger: Ledger, error: AgentError, spent: int, route: Route
+) -> None:
+    agent = make_agent(cloud=Cloud(error), budget=ledger)
+    with suppress(Cancelled, ConfigError):  # the others end in a picture from the edge
+        assert agent.generate(Request(HARD, route=route)).fallback_reason == str(error)
+    assert (ledger.spent().pictures, ledger.spent().unsure) == (spent, 0)
+    assert ledger.pace() == Pace(pytest.approx(0.7) if spent and route is Route.AUTO else 0.0)
+
+
+def test_a_deadline_that_has_passed_spends_nothing(tiny_bundle: Path, ledger: Ledger) -> None:
+    clock = iter(range(0, 1000, 10))
+    agent = EdgeAgent(
+        open_bundle(tiny_bundle),
+        cloud=Cloud(),
+        budget=ledger,
+        clock=lambda: float(next(clock)),
+    )
+    assert agent.generate(Request(HARD, deadline_s=3.0)).drawn_on is Route.EDGE
+    assert ledger.spent().pictures == 0
+
+
+def test_a_fallback_to_the_cloud_reserves_like_any_call(
+    make_agent: MakeAgent, tiny_bundle: Path, swap_unet: SwapUnet, ledger: Ledger
+) -> None:
+    swap_unet(tiny_bundle, factor=float("inf"))
+    cloud = Cloud()
+    agent = make_agent(cloud=cloud, budget=ledger)
+    for _ in range(2):
+        assert agent.generate(Request(EASY)).drawn_on is Route.CLOUD
+    with pytest.raises(GenerationError, match=r"neither side .*; cloud: the budget of 2 "):
+        agent.generate(Request(EASY))
+    assert len(cloud.asked) == ledger.spent().pictures == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "request_"),
+    [
+        ({"cloud": Cloud()}, Request(HARD, route=Route.EDGE)),
+        ({"cloud": Cloud()}, Request(HARD, private=True)),
+        ({"cloud": Cloud(), "offline": True}, Request(HARD)),
+        ({}, Request(HARD)),
+    ],
+)
+def test_what_stays_on_the_device_never_touches_the_ledger(
+    make_agent: MakeAgent, ledger: Ledger, options: dict[str, Any], request_: Request
+) -> None:
+    agent = make_agent(budget=ledger, **options)
+    assert agent.generate(request_).drawn_on is Route.EDGE
+    assert not ledger.path.exists()
+
+
+def test_a_decision_shows_the_threshold_that_held_and_asking_for_one_spends_nothing(
+    make_agent: MakeAgent, tmp_path: Path
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite3")
+    agent = make_agent(cloud=Cloud(), budget=ledger)
+    thresholds = []
+    for _ in range(14):
+        asked = [agent.route(HARD) for _ in range(2)]
+        decision = agent.generate(Request(HARD)).decision
+        assert asked == [decision] * 2
+        assert (decision.route is Route.CLOUD) == (decision.score > decision.threshold)
+        thresholds.append(decision.threshold)
+    assert thresholds[0] == make_agent().route(HARD).threshold
+    sent = [after > before for before, after in pairwise(thresholds)]
+    assert True in sent
+    assert False in sent
+
+
+def test_a_ledger_that_cannot_be_read_is_an_error_before_anything_is_sent(
+    make_agent: MakeAgent, ledger: Ledger
+) -> None:
+    ledger.path.write_bytes(b"garbage")
+    cloud = Cloud()
+    for route in (Route.AUTO, Route.CLOUD):
+        with pytest.raises(LedgerError, match="not a database"):
+            make_agent(cloud=cloud, budget=ledger).generate(Request(HARD, route=route))
+    assert not cloud.asked
+    assert ledger.path.read_bytes() == b"garbage"
+
+
+def test_a_picture_is_not_lost_when_its_call_cannot_be_settled(
+    make_agent: MakeAgent, ledger: Ledger
+) -> None:
+    class Breaking(Cloud):
+        def generate(self, *arguments: Any, **options: Any) -> Picture:
+            picture = super().generate(*arguments, **options)
+            ledger.path.rename(ledger.path.with_suffix(".whole"))
+            ledger.path.write_bytes(b"garbage")
+            return picture
+
+    result = make_agent(cloud=Breaking(), budget=ledger).generate(Request(HARD))
+    assert result.drawn_on is Route.CLOUD
+    ledger.path.with_suffix(".whole").replace(ledger.path)
+    assert (ledger.spent().pictures, ledger.spent().unsure) == (1, 1)

@@ -16,6 +16,8 @@ import pytest
 
 from edge_agent.cli import run
 from edge_agent.gallery.png import read_record
+from edge_agent.routing.budget.ledger import Ledger
+from tests.wire import HeldEngine, free_port, running_server
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,9 @@ def test_a_cloud_that_nobody_runs_ends_in_a_picture(command: Command, tmp_path: 
         (["a cat", "--size", "512x64"], 2, "width 512 is over the limit"),
         (["a cat", "--share", "2"], 2, "--share is '2'; choose a number from 0 to 1"),
         (["a cat", "--cloud", "nowhere"], 2, "--cloud is 'nowhere'; choose HOST:PORT"),
+        (["a cat", "--budget-pictures", "-1"], 2, "--budget-pictures is '-1'; choose a whole"),
+        (["a cat", "--budget-cost", "lots"], 2, "--budget-cost is 'lots'; choose an amount"),
+        (["a cat", "--budget-cost", "5"], 2, "price of a picture; give it with --cloud-cost"),
         (["a cat", "--frobnicate"], 2, "--frobnicate"),
         (["a cat", "-o", "a.jpg"], 2, "a.jpg does not end in .png"),
         (["a cat", "-o", "gone/a.png"], 1, "folder gone does not exist"),
@@ -301,3 +306,59 @@ def test_doctor_of_a_broken_bundle_says_what_is_wrong_and_fails(
     assert done.returncode == 1
     assert "lacks" in done.stdout
     assert "127.0.0.1:9" in done.stdout
+
+
+def test_a_budget_holds_over_separate_commands(command: Command, tmp_path: Path) -> None:
+    budget = ["--budget-cost", "0.10", "--cloud-cost", "0.05", "--ledger", "l", "--share", "1"]
+    with running_server(HeldEngine(held=False)) as server:
+        ask = ["generate", HARD, "--json", "--quiet", "-o", "a.png", "--cloud", server.address]
+        results = [json.loads(command(*ask, *budget).stdout) for _ in range(3)]
+    assert [result["drawn_on"] for result in results] == ["cloud", "cloud", "edge"]
+    assert results[2]["fallback_reason"].startswith(
+        "the budget of 0.10 a day has no room for a cloud picture at 0.05: 0.1 is spent on "
+    )
+    assert Ledger(tmp_path / "l").spent().pictures == 2
+
+
+def test_a_cloud_that_nobody_runs_costs_nothing(command: Command, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    budget = ["--budget-pictures", "1", "--ledger", "l", "--cloud", address]
+    assert command("generate", HARD, "-o", "a.png", *budget).returncode == 0
+    assert Ledger(tmp_path / "l").spent().pictures == 0
+
+
+def test_without_a_budget_there_is_no_ledger_and_with_one_none_for_the_device(
+    command: Command, tmp_path: Path
+) -> None:
+    plain = [
+        "generate",
+        HARD,
+        "--seed",
+        "7",
+        "--cloud",
+        f"127.0.0.1:{free_port()}",
+        "--ledger",
+        "l",
+    ]
+    command(*plain, "--offline", "-o", "a.png")
+    command(*plain, "-o", "b.png")
+    for flags in (["--offline"], ["--private"], ["--route", "edge"]):
+        command(*plain, "--pace", "--budget-pictures", "1", *flags, "-o", "c.png")
+    assert read_record(tmp_path / "c.png")["drawn_on"] == "edge"
+    assert not (tmp_path / "l").exists()
+
+
+def test_a_ledger_that_is_none_is_one_sentence_and_stays_as_it_is(
+    command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "l").write_text("my diary")
+    done = command("generate", HARD, "--cloud", "127.0.0.1:9", "--pace", "--ledger", "l")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("edge-agent: the budget's ledger l cannot be read (file is not a")
+    assert len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "l").read_text() == "my diary"
+
+
+def test_the_ledger_is_kept_in_the_user_s_state_folder(command: Command) -> None:
+    command("generate", HARD, "--cloud", f"127.0.0.1:{free_port()}", "--pace", "-o", "a.png")
+    assert (Path(os.environ["XDG_STATE_HOME"]) / "routet2i-edge" / "budget.sqlite3").is_file()

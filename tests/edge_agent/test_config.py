@@ -31,6 +31,8 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(config: P
 def test_every_option_has_a_setting_and_an_environment_twin(config: Path) -> None:
     good = {
         "bundle": "b", "share": "0.5", "offline": "true", "cloud": "127.0.0.1:50051",
+        "pace": "on", "budget_pictures": "5", "budget_cost": "1.50", "cloud_cost": "0.05",
+        "ledger": "l.sqlite3",
         "route": "cloud", "deadline": "3", "private": "1", "seed": "9", "size": "64x32",
         "steps": "3", "guidance": "2.5", "negative_prompt": "rain", "output": "a.png",
         "threads": "2", "json": "yes", "quiet": "on", "debug": "TRUE",
@@ -74,6 +76,14 @@ def test_an_empty_variable_is_no_value(config: Path) -> None:
         ("guidance", "inf"),
         ("threads", "0"),
         ("offline", "maybe"),
+        ("pace", "often"),
+        ("budget_pictures", "-1"),
+        ("budget_pictures", "2.5"),
+        ("budget_cost", "-0.01"),
+        ("budget_cost", "nan"),
+        ("budget_cost", "1e9"),
+        ("budget_cost", "five"),
+        ("cloud_cost", "0.0000001"),
         ("cloud", "nowhere"),
         ("cloud", "http://host:1"),
         ("cloud", "host:99999"),
@@ -85,7 +95,7 @@ def test_a_bad_value_is_named_with_where_it_stands_and_what_to_choose(
     variable = f"EDGE_AGENT_{name.upper()}"
     with pytest.raises(ConfigError, match=f"{variable} is '{value}'; choose "):
         resolve({}, {variable: value}, config)
-    with pytest.raises(ConfigError, match=f"--{name} is '{value}'"):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is '{value}'"):
         resolve({name: value}, {}, config)
 
 

@@ -152,8 +152,9 @@ def test_a_port_where_nobody_listens_is_unreachable() -> None:
     address = f"127.0.0.1:{free_port()}"
     with CloudClient(address) as client:
         assert not client.healthy()
-        with pytest.raises(Unreachable, match=f"{address} cannot be reached"):
+        with pytest.raises(Unreachable, match=f"{address} cannot be reached") as nobody:
             draw(client)
+        assert not nobody.value.maybe_drawn
         with pytest.raises(Unreachable):
             client.capabilities()
 
@@ -498,8 +499,29 @@ def test_a_server_killed_in_the_middle_of_a_picture_is_unreachable() -> None:
             if isinstance(event, Step):
                 server.process.send_signal(signal.SIGKILL)
 
-        with pytest.raises(Unreachable):
+        with pytest.raises(Unreachable) as broken:
             draw(client, on_event=kill)
+    assert broken.value.maybe_drawn
+
+
+def test_a_host_without_an_address_was_certainly_not_asked() -> None:
+    with CloudClient("no-such-host.invalid:50051") as client, pytest.raises(Unreachable) as lost:
+        draw(client)
+    assert not lost.value.maybe_drawn
+
+
+def test_a_server_that_vanishes_with_the_request_may_have_drawn() -> None:
+    def vanish(context: Any) -> Iterator[pb.GenerateEvent]:
+        context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+        yield image()
+
+    with (
+        scripted_server(vanish) as address,
+        CloudClient(address) as client,
+        pytest.raises(Unreachable) as lost,
+    ):
+        draw(client)
+    assert lost.value.maybe_drawn
 
 
 def test_a_client_finds_a_server_that_came_back() -> None:

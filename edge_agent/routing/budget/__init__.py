@@ -1,0 +1,1 @@
+"""A budget that is kept: the pacer shapes the cloud's share, the ledger guarantees its limits."""
