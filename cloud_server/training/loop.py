@@ -206,6 +206,8 @@ class _Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
+        # An average of what stays the same could still turn -0 into 0.
+        self.still = {name for name, w in model.named_parameters() if not w.requires_grad}
         self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
 
     def load(self, weights: dict[str, Tensor]) -> None:
@@ -214,7 +216,7 @@ class _Average:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        state = model.state_dict()
+        state = {k: v for k, v in model.state_dict().items() if k not in self.still}
         floats = [key for key, value in state.items() if value.is_floating_point()]
         torch._foreach_lerp_(
             [self.weights[key] for key in floats], [state[key] for key in floats], 1.0 - decay
