@@ -367,7 +367,8 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path, size: Size) -
     defaults = {"width": 128, "height": 128, "steps": size.steps, "guidance": size.guidance}
     (partial / "defaults.json").write_text(json.dumps(defaults) + "\n")
     _halve_weights(partial)
-    _forget_origin(partial / "vae" / "config.json")
+    for part in ("vae", "unet"):
+        _forget_origin(partial / part / "config.json")
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)

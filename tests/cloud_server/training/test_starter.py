@@ -114,6 +114,13 @@ def test_the_committed_models_share_one_text_encoder_and_one_autoencoder():
         assert (edge / part).read_bytes() == (cloud / part).read_bytes()
 
 
+def test_the_committed_models_do_not_say_where_they_were_trained():
+    configs = list(starter_folder().rglob("*.json"))
+    assert configs
+    for config in configs:
+        assert "_name_or_path" not in config.read_text(encoding="utf-8"), config
+
+
 @needs_font
 def test_the_committed_autoencoder_keeps_scenes_recognisable():
     pictures = next(scenes.batches(seed=12345, batch=16))[0]
