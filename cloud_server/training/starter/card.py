@@ -58,6 +58,11 @@ def card(report: Report) -> str:
     metrics = [
         [name, _number(clip["auroc"][name]), _number(clip["order"][name])] for name in clip["auroc"]
     ]
+    names = [name for name in clip["auroc"] if name != "mean"]
+    across = [
+        [spoilt, *(f"{clip['across'][spoilt][name]['mean']:.2f}" for name in names)]
+        for spoilt in names
+    ]
     return "\n".join(
         [
             f"`{report['command']}`; edge {models['edge']}, cloud {models['cloud']}, CLIP "
@@ -72,6 +77,9 @@ def card(report: Report) -> str:
             "Each quality metric on its own degradation: AUROC at strength 0.5, and minus the rank "
             "correlation of a picture's score with strength:\n",
             _table(["metric", "AUROC", "order"], metrics),
+            "Does each metric measure its own thing? AUROC of every metric (columns) at strength "
+            "0.5 of every degradation (rows, named by the metric that each is made for):\n",
+            _table(["spoilt", *names], across),
         ]
     ).rstrip()
 

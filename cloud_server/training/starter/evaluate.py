@@ -186,34 +186,42 @@ def _colours_swapped(scene: Scene) -> str | None:
 
 
 def _qualities(scorer: QualityScorer, pictures: Pixels, seed: int) -> Report:
-    """Return how each metric sees its own degradation.
+    """Return how each metric sees its own degradation, and the others.
 
-    AUROC at strength 0.5 against untouched pictures; and how orderly the score of one picture falls
-    as strength grows: minus Spearman's correlation, averaged over pictures.
+    AUROC at strength 0.5 against untouched pictures, of each metric on its own degradation and
+    `across` all, by degradation and metric; and how orderly the score of one picture falls as its
+    own degradation grows: minus Spearman's correlation, averaged over pictures.
     """
-    scores = np.empty((len(scorer.metrics), len(pictures), len(STRENGTHS)))
-    scores[..., 0] = scorer.score(_images(pictures)).T
-    for m, metric in enumerate(tqdm(scorer.metrics, desc="qualities", leave=False)):
+    names = [metric.name for metric in scorer.metrics]
+    k = len(names)
+    scores = np.empty((k, len(STRENGTHS), len(pictures), k))  # by degradation and strength
+    scores[:, 0] = scorer.score(_images(pictures))
+    for m, name in enumerate(tqdm(names, desc="qualities", leave=False)):
         for level, strength in enumerate(STRENGTHS[1:], start=1):
             spoiled = [
                 # Of each picture the same damage at every strength, only stronger.
-                degrade(picture, metric.name, strength, np.random.default_rng([seed, 2, m, i]))
+                degrade(picture, name, strength, np.random.default_rng([seed, 2, m, i]))
                 for i, picture in enumerate(pictures.astype(np.float32) / np.float32(255))
             ]
             stack = (np.stack(spoiled) * 255).round().astype(np.uint8)
-            scores[m, :, level] = scorer.score(_images(stack))[:, m]
-    names = [metric.name for metric in scorer.metrics]
+            scores[m, level] = scorer.score(_images(stack))
+    own = scores[np.arange(k), ..., np.arange(k)].transpose(0, 2, 1)  # (k, N, levels)
     middle = STRENGTHS.index(0.5)
-    order = -rank_correlation(scores, np.broadcast_to(STRENGTHS, scores.shape))  # (k, N)
-    clean, spoilt = scores[..., 0], scores[..., middle]
-    aurocs = {
-        name: auroc(good, bad, seed) for name, good, bad in zip(names, clean, spoilt, strict=True)
+    order = -rank_correlation(own, np.broadcast_to(STRENGTHS, own.shape))  # (k, N)
+    across = {
+        spoilt: {
+            name: _plain(auroc(scores[m, 0, :, j], scores[m, middle, :, j], seed))
+            for j, name in enumerate(names)
+        }
+        for m, spoilt in enumerate(names)
     }
-    orders = {name: average(own, seed) for name, own in zip(names, order, strict=True)}
-    aurocs["mean"], orders["mean"] = auroc(clean, spoilt, seed), average(order.mean(0), seed)
+    orders = {name: average(order[m], seed) for m, name in enumerate(names)}
+    mean = auroc(own[..., 0], own[..., middle], seed)
     return {
-        "auroc": {name: _plain(value) for name, value in aurocs.items()},
-        "order": {name: _plain(value) for name, value in orders.items()},
+        "auroc": {name: across[name][name] for name in names} | {"mean": _plain(mean)},
+        "order": {name: _plain(value) for name, value in orders.items()}
+        | {"mean": _plain(average(order.mean(0), seed))},
+        "across": across,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,23 +36,17 @@ def tokenizer(folder) -> clip.CLIPTokenizer:
     return clip.CLIPTokenizer.from_pretrained(folder)
 
 
-def _states(model: clip.open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """The text tower's hidden states after its last normalisation, (B, n, d)."""
-    states = model.token_embedding(tokens) + model.positional_embedding
-    return model.ln_final(model.transformer(states, attn_mask=model.attn_mask))
-
-
 @torch.inference_mode()
-def test_transformers_has_the_same_hidden_states_and_the_same_pooled_token(
-    folder, model, tokenizer, tmp_path
-):
+def test_transformers_has_the_hidden_states_of_the_first_layers(folder, model, tokenizer, tmp_path):
     clip.to_transformers(folder).save_pretrained(tmp_path)
     twin = clip.CLIPTextModel.from_pretrained(tmp_path).eval()
     tokens = encode(tokenizer, PROMPTS)
-    theirs = twin(tokens)
-    assert torch.allclose(theirs.last_hidden_state, _states(model, tokens), atol=1e-5)
-    pooled = theirs.pooler_output @ model.text_projection
-    assert torch.allclose(pooled, model.encode_text(tokens), atol=1e-4)
+    states = model.token_embedding(tokens) + model.positional_embedding
+    for block in model.transformer.resblocks[: clip.CONDITION_LAYERS]:
+        states = block(states, attn_mask=model.attn_mask)
+    theirs = twin(tokens).last_hidden_state
+    assert torch.allclose(theirs, model.ln_final(states), atol=1e-5)
+    assert torch.equal(clip._text_states(model, tokens)[0], model.ln_final(states))
 
 
 @torch.inference_mode()
@@ -79,11 +74,26 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert len(first[1]) == len(first[0]) == 2 * len(first[3])
 
 
+def test_half_of_the_scenes_stand_in_pairs_with_their_sides_exchanged():
+    drawn = clip._scenes(np.random.default_rng(0), 12)
+    for scene, turned in zip(drawn[6::2], drawn[7::2], strict=True):
+        assert scene.groups == turned.groups
+        assert {scene.relation, turned.relation} in (
+            {"above", "below"},
+            {"to the left of", "to the right of"},
+        )
+        assert scene.caption != turned.caption
+        assert not scenes.held_out(turned)
+        (x, y, *_), (other_x, other_y, *_) = scene.boxes[0], turned.boxes[0]
+        assert x != other_x or y != other_y
+
+
 @needs_font
 def test_the_committed_weights_know_the_world(model, tokenizer):
     report = clip.evaluate_clip(model, tokenizer, seed=11)
     assert report["retrieval"] > 0.9  # of 256 captions; chance is 0.004
     assert report["fooled"] < 0.15  # by a caption with one thing wrong; chance is 0.5
+    assert report["turned"] < 0.25  # by one whose relation is turned round; chance is 0.5
     assert report["auroc"] > 0.95  # mean over the metrics at strength 0.5; chance is 0.5
 
 
@@ -110,8 +120,10 @@ def test_training_writes_a_folder_and_resumes(tmp_path, monkeypatch):
     clip.train_recall(out, work, Budget(steps=2), seed=0, device="cpu")
     assert not torch.equal(before.positional_embedding, clip.load_clip(out).positional_embedding)
     before = clip.load_clip(out).state_dict()
-    clip.train_picture_tower(out, work, Budget(steps=2), seed=0, device="cpu")
+    clip.train_top(out, work, Budget(steps=2), seed=0, device="cpu")
     after = clip.load_clip(out).state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed
-    assert all(name.startswith("visual.") for name in changed)
+    assert "text_projection" in changed
+    assert {name.split(".")[0] for name in changed} == {"visual", "transformer", "text_projection"}
+    locked = [f"transformer.resblocks.{i}." for i in range(clip.CONDITION_LAYERS)]
+    assert not [name for name in changed if name.startswith(tuple(locked))]
