@@ -8,7 +8,7 @@ import torch
 
 from cloud_server.starter import starter_folder
 from cloud_server.training.label import PipelinePainter
-from cloud_server.training.starter import clip, scenes
+from cloud_server.training.starter import clip_model, scenes
 from cloud_server.training.starter.evaluate import _psnr, through
 from cloud_server.training.starter.judge import Judge
 from cloud_server.training.starter.reading import shares
@@ -38,9 +38,9 @@ def test_they_share_one_text_encoder_and_one_autoencoder():
 
 
 def test_the_text_encoder_is_the_first_layers_of_clip(tmp_path):
-    clip.to_transformers(starter_folder() / "clip").half().save_pretrained(tmp_path)
-    ours = clip.CLIPTextModel.from_pretrained(tmp_path).state_dict()
-    theirs = clip.CLIPTextModel.from_pretrained(EDGE / "text_encoder").state_dict()
+    clip_model.to_transformers(starter_folder() / "clip").half().save_pretrained(tmp_path)
+    ours = clip_model.CLIPTextModel.from_pretrained(tmp_path).state_dict()
+    theirs = clip_model.CLIPTextModel.from_pretrained(EDGE / "text_encoder").state_dict()
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         assert torch.equal(ours[name], weight), name
