@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from cloud_server.training.starter.scenes import (
     RELATIONS,
     Scene,
     caption_negatives,
+    describe,
     draw,
     held_out,
     sample_scene,
@@ -39,7 +42,6 @@ class Batch(NamedTuple):
     tokens: Tensor  # (2B, n), of captions, then of captions with one thing wrong
     goodness: Tensor  # (2B, k) in 0..1
     spoiled: Tensor  # (B,), in which metric
-    sides: Tensor  # (B, nouns), an index of RELATIONS, -1 where the caption tells none
 
 
 def make_batch(tokenizer: CLIPTokenizer, seed: int, step: int, scenes: int) -> Batch:
@@ -57,26 +59,57 @@ def make_batch(tokenizer: CLIPTokenizer, seed: int, step: int, scenes: int) -> B
         picture = degrade(pictures[i].astype(np.float32) / 255, METRICS[metric].name, strength, rng)
         spoiled.append((picture * 255).round().astype(np.uint8))
         goodness[scenes + i, metric] = 0.03 + 0.94 * (1 - strength) ** 1.5
-    sides = np.stack([_sides(scene) for scene in drawn])
     both = np.concatenate([pictures, np.stack(spoiled)])
     return Batch(
         torch.from_numpy(both),
         encode(tokenizer, captions + wrong),
         torch.from_numpy(goodness),
         torch.from_numpy(metrics),
-        torch.from_numpy(sides),
     )
 
 
+def make_pairs(
+    tokenizer: CLIPTokenizer, seed: int, step: int, count: int, nouns: int, objects: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return pictures (2N, H, W, 3), tokens (2N, n) and sides (2N, nouns) of `count` pairs.
+
+    Only so many nouns are in them, and so many objects in each if not any number. Sides are indices
+    of RELATIONS, -1 where a caption tells none.
+    """
+    rng = np.random.default_rng([seed, step, 3])
+    known = np.random.default_rng(seed).permutation(NOUNS)[:nouns]
+    drawn = [scene for _ in range(count) for scene in _pair(rng, known, objects)]
+    pictures = np.stack([draw(scene, rng) for scene in drawn])
+    sides = np.stack([_sides(scene) for scene in drawn])
+    tokens = encode(tokenizer, [scene.caption for scene in drawn])
+    return torch.from_numpy(pictures), tokens, torch.from_numpy(sides)
+
+
 def _scenes(rng: np.random.Generator, count: int) -> list[Scene]:
-    """Return scenes, half of them in pairs of which one is the other with its sides exchanged."""
+    """Return scenes, half of them in pairs."""
     scenes = [sample_scene(rng) for _ in range(count // 2)]
     while len(scenes) < count:
-        scene = sample_scene(rng)
-        turned = turned_round(scene, rng)
-        if scene.relation and not held_out(turned):
-            scenes += [scene, turned]
+        scenes += _pair(rng)
     return scenes[:count]
+
+
+def _pair(
+    rng: np.random.Generator,
+    nouns: Sequence[str] | NDArray[np.str_] = NOUNS,
+    objects: int | None = None,
+) -> tuple[Scene, Scene]:
+    """Return a scene with a relation, and the same with its sides exchanged; none is held out."""
+    while True:
+        scene = sample_scene(rng, objects)
+        names = rng.choice(nouns, len(scene.groups), replace=False)
+        groups = tuple(
+            replace(group, noun=str(name)) for group, name in zip(scene.groups, names, strict=True)
+        )
+        scene = replace(scene, groups=groups)
+        scene = replace(scene, caption=describe(scene))
+        turned = turned_round(scene, rng)
+        if scene.relation and not held_out(scene) and not held_out(turned):
+            return scene, turned
 
 
 def _sides(scene: Scene) -> NDArray[np.int64]:

@@ -88,14 +88,22 @@ def test_half_of_the_scenes_stand_in_pairs_with_their_sides_exchanged():
     drawn = clip_data._scenes(np.random.default_rng(0), 12)
     for scene, turned in zip(drawn[6::2], drawn[7::2], strict=True):
         assert scene.groups == turned.groups
-        assert {scene.relation, turned.relation} in (
-            {"above", "below"},
-            {"to the left of", "to the right of"},
-        )
+        assert turned.relation == scenes.OPPOSITE[scene.relation]
         assert scene.caption != turned.caption
+        assert not scenes.held_out(scene)
         assert not scenes.held_out(turned)
         (x, y, *_), (other_x, other_y, *_) = scene.boxes[0], turned.boxes[0]
         assert x != other_x or y != other_y
+
+
+@needs_font
+def test_pairs_begin_with_two_things_of_six_nouns(tokenizer):
+    pictures, tokens, sides = clip_data.make_pairs(tokenizer, 0, 1, 16, 6, 2)
+    assert len(pictures) == len(tokens) == len(sides) == 32
+    assert ((sides >= 0).sum(1) == 2).all()
+    assert (sides >= 0).any(0).sum() <= 6
+    counts = [clip.nouns_at(step) for step in (0, clip.FEW_UNTIL, 200, 10_000)]
+    assert counts == [6, 6, 15, len(scenes.NOUNS)]
 
 
 @needs_font
@@ -132,6 +140,7 @@ def test_training_writes_a_folder_and_resumes(tmp_path, monkeypatch):
         before.positional_embedding, clip_model.load_clip(out).positional_embedding
     )
     before = clip_model.load_clip(out).state_dict()
+    clip.train_sides(out, work, Budget(steps=2), seed=0, device="cpu")
     clip.train_top(out, work, Budget(steps=2), seed=0, device="cpu")
     after = clip_model.load_clip(out).state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
