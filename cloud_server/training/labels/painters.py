@@ -5,6 +5,7 @@ Painters are light until they draw, so that every worker process can be given a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
@@ -171,7 +172,8 @@ def _keep(file: Path, picture: Image) -> None:
         picture.save(partial, format="PNG")
         os.replace(partial, file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise DrawError(f"cannot keep the picture {file}: {error.strerror or error}") from error
 
 

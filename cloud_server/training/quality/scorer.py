@@ -43,8 +43,9 @@ class QualityScorer:
         self.clip, self.alignment = clip, alignment
         share = (1 - (alignment.weight if alignment else 0)) / sum(m.weight for m in looks)
         self._looks = tuple(replace(m, weight=share * m.weight) for m in looks)
-        extra = [Metric(ALIGNMENT, "{prompt}", "other prompts", alignment.weight)] * bool(alignment)
-        self.metrics = (*self._looks, *extra)
+        self.metrics = self._looks
+        if alignment:
+            self.metrics += (Metric(ALIGNMENT, "{prompt}", "other prompts", alignment.weight),)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.clip, self._looks, self.alignment)
