@@ -146,14 +146,14 @@ class KeptPainter:
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """Return a picture per prompt, as its file has it."""
         asked = list(zip(prompts, seeds, strict=True))
-        found = {key: _opened(self.file(*key)) for key in asked}
-        missing = [key for key in found if found[key] is None]
+        found = {key: kept for key in asked if (kept := _opened(self.file(*key)))}
+        missing = [key for key in asked if key not in found]
         if missing:
             drawn = self._painter.draw(*zip(*missing, strict=True))
             for key, picture in zip(missing, drawn, strict=True):
                 _keep(self.file(*key), picture)
                 found[key] = picture
-        return [picture for key in asked if (picture := found[key])]
+        return [found[key] for key in asked]
 
 
 def _opened(file: Path) -> Image | None:

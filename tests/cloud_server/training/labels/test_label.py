@@ -29,7 +29,11 @@ class ColourScorer:
     """Scores how red and how green a picture is."""
 
     metrics = (Metric("Red", "a", "b", 0.5), Metric("Green", "a", "b", 0.5))
-    digest, origin = "colours", {"clip": "none"}
+    digest = "colours"
+
+    @property
+    def origin(self):
+        return {"clip": "none"}
 
     def score(self, pictures, prompts):
         return np.stack([np.asarray(p, np.float64)[..., :2].mean((0, 1)) / 255 for p in pictures])
@@ -38,9 +42,8 @@ class ColourScorer:
 class PlainPainter:
     """Paints one colour: red by the prompt's length, green by model; stops after `patience`."""
 
-    settings = {"steps": 1}
-
     def __init__(self, digest, patience=1000):
+        self.settings = {"steps": 1}
         self.name, self.digest, self.patience, self.drawn = digest, digest, patience, []
 
     def draw(self, prompts, seeds):
@@ -225,6 +228,8 @@ def test_workers_write_the_same_file_as_one(models, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # Ray's own
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ray_writes_the_same_file(models, tmp_path):
     ray = pytest.importorskip("ray")
     from cloud_server.training.labels.on_ray import on_ray

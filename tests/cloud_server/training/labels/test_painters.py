@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import socket
 import threading
 from concurrent import futures
 
@@ -60,14 +59,17 @@ def test_what_is_no_model_is_one_sentence_at_once(tmp_path):
 class Counting:
     """Paints noise of the seed, and counts."""
 
-    name, digest, settings = "counting", "0123456789abcdef", {"steps": 1}
+    name, digest = "counting", "0123456789abcdef"
 
     def __init__(self):
+        self.settings = {"steps": 1}
         self.drawn = []
 
     def draw(self, prompts, seeds):
         self.drawn += zip(prompts, seeds, strict=True)
-        noise = [np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8) for seed in seeds]
+        noise = [
+            np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8) for seed in seeds
+        ]
         return [Image.fromarray(array) for array in noise]
 
 
@@ -214,10 +216,6 @@ def test_an_answer_that_is_no_picture_is_one_sentence(events, told):
 def test_an_address_that_is_none_and_one_where_nobody_is_are_one_sentence():
     with pytest.raises(ConfigError, match="'nonsense' is not HOST:PORT"):
         RemotePainter("nonsense")
-    with (
-        socket.create_server(("127.0.0.1", 0)) as silent,
-        pytest.raises(DrawError, match="draws no picture"),
-    ):
-        address = f"127.0.0.1:{silent.getsockname()[1]}"
-        silent.close()
-        RemotePainter(address).digest  # noqa: B018  asking is the point
+    nobody = RemotePainter(f"127.0.0.1:{free_port()}")
+    with pytest.raises(DrawError, match="draws no picture"):
+        nobody.digest  # noqa: B018  asking is the point

@@ -20,6 +20,7 @@ from cloud_server.training.quality import (
     QualityScorer,
     load_metrics,
 )
+from cloud_server.training.quality.alignment import SHARPNESS
 from cloud_server.training.starter.degradations import degrade
 from cloud_server.training.starter.scenes import FONT_PATHS, batches
 from tests.tiny import make_clip
@@ -129,6 +130,19 @@ def test_alignment_is_how_well_a_picture_shows_its_prompt(clip):
     assert ((own[:, 10] >= 0) & (own[:, 10] <= 1)).all()
     one = scorer.score(images[3:4], captions[3:4])
     np.testing.assert_allclose(one[0], own[3], atol=1e-4)
+
+
+def test_alignment_is_a_probability_among_the_prompts_or_else_the_cosine(tiny):
+    prompts = ("a cat", "two red apples", "the beach")
+    images = [_image(_picture()), _image(1 - _picture())]
+    cosines = (tiny.pictures(images) @ tiny.texts(prompts).T).numpy()
+    logits = np.exp(SHARPNESS * tiny.scale * cosines)
+    expected = (logits / logits.sum(1, keepdims=True))[[0, 1], [0, 2]]
+    asked = [prompts[0], prompts[2]]
+    aligned = QualityScorer(tiny, alignment=Alignment(0.5, prompts)).score(images, asked)[:, -1]
+    np.testing.assert_allclose(aligned, expected, rtol=1e-5)
+    plain = QualityScorer(tiny, alignment=Alignment(0.5, prompts, count=0)).score(images, asked)
+    np.testing.assert_allclose(plain[:, -1], cosines[[0, 1], [0, 2]].clip(0), atol=1e-6)
 
 
 def test_distractors_are_drawn_by_seed_and_prompt_and_are_never_the_prompt():
