@@ -100,7 +100,7 @@ class Clip:
     @property
     def scale(self) -> float:
         """What the model multiplies cosines with to get logits."""
-        return float(self.network.logit_scale.exp())
+        return float(self.network.logit_scale.detach().exp())
 
     def texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:
         """Return the features (N, d) of texts, of length 1."""

@@ -19,7 +19,7 @@ from cloud_server.training.labels.remote import RemotePainter
 from protos.t2i.v1 import image_generation_pb2 as pb
 from protos.t2i.v1 import image_generation_pb2_grpc as pb_grpc
 from tests.tiny import make_pipeline
-from tests.wire import HeldEngine, free_port, running_server, server_process
+from tests.wire import PATIENCE_S, HeldEngine, free_port, running_server, server_process
 
 
 @pytest.fixture(scope="module")
@@ -150,24 +150,23 @@ def test_patience_with_a_server_that_is_gone_ends_in_one_sentence():
 def test_a_server_that_was_killed_and_comes_back_is_asked_again():
     with server_process() as first:
         address = first.address
-        painter = RemotePainter(address, sleep=lambda _s: None)
+        painter = RemotePainter(address, patience_s=1e6)
         assert painter.name == "held/model"
-    engine = HeldEngine(held=False)
-    came_back = []
+    gone, back = threading.Event(), threading.Event()
 
+    def sleep(_seconds):
+        gone.set()
+        assert back.wait(PATIENCE_S)
+
+    painter._sleep = sleep
     with futures.ThreadPoolExecutor(1) as pool:
-        gone = threading.Event()
-
-        def sleep(_seconds):
-            gone.set()
-            threading.Event().wait(0.05)
-
-        painter._sleep = sleep
         drawing = pool.submit(painter.draw, ["a cat"], [3])
-        assert gone.wait(60)
-        with running_server(engine, port=int(address.rpartition(":")[2])):
-            came_back = drawing.result(60)
-    assert came_back[0].getpixel((0, 0)) == (3, 4, 5)
+        assert gone.wait(PATIENCE_S)
+        port = int(address.rpartition(":")[2])
+        with running_server(HeldEngine(held=False), port=port):
+            back.set()
+            (picture,) = drawing.result(PATIENCE_S)
+    assert picture.getpixel((0, 0)) == (3, 4, 5)
 
 
 def test_a_server_that_says_never_is_not_asked_again():
