@@ -1,19 +1,19 @@
 """Whether a picture shows what was asked for: its own prompt against others.
 
 RouteT2I has no such metric; none of its ten looks at the prompt. How it is measured was chosen on
-the starter pair by how far two seeds agree on edge minus cloud (r, over 312 prompts; about 0.1 to
-either side) and by how far the models lie apart (d, the mean of edge minus cloud in its own spread,
-over 3,000):
+the starter pair by how far two seeds agree on edge minus cloud (r, over 832 prompts; about 0.06 to
+either side), by how far the models lie apart (d, the mean of edge minus cloud in its own spread,
+over 3,000), and by what a judge that is not CLIP says of the same (j, correlation over 700):
 
-    cosine with the own prompt alone                 r 0.46  d 0.52
-    softmax, CLIP's own scale, 128 random others     r 0.33  d 0.28
-    softmax, a quarter of it, 128 random others      r 0.48  d 0.49   (the default)
-    softmax, a quarter of it, 32 of the nearest 100  r 0.50  d 0.46
-    mean pairwise sigmoid, CLIP's own scale, 128     r 0.13  d 0.16
-    cosine less the mean cosine of 128 others        r 0.43  d 0.49
+    cosine with the own prompt alone                 r 0.40  d 0.52  j 0.33
+    softmax, CLIP's own scale, 128 random others     r 0.28  d 0.28  j 0.25
+    softmax, a quarter of it, 128 random others      r 0.38  d 0.49  j 0.26   (the default)
+    softmax, a quarter of it, 32 of the nearest 100  r 0.41  d 0.46  j 0.24
+    mean pairwise sigmoid, CLIP's own scale, 128     r 0.20  d 0.16  j 0.25
+    mean pairwise sigmoid, a quarter of it, 128      r 0.38  d 0.36  j 0.34
+    cosine less the mean cosine of 128 others        r 0.39  d 0.49  j 0.31
 
-A judge that is not CLIP agrees most with the cosine (correlation over 700 prompts 0.33, with the
-default 0.26); a `count` of 0 gives that.
+With the CLIP of that day no form beats the cosine, which a `count` of 0 gives.
 """
 
 from __future__ import annotations
