@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cloud_server.starter import starter_folder
-from cloud_server.training.label import PipelinePainter
+from cloud_server.training.labels.painters import PipelinePainter
 from cloud_server.training.starter import clip_model, scenes
 from cloud_server.training.starter.evaluate import _psnr, through
 from cloud_server.training.starter.judge import Judge
