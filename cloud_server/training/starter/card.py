@@ -17,6 +17,7 @@ DRAWN: Final = {
     "edge": "edge",
     "cloud": "cloud",
 }
+PRS: Final = {"looks": "the ten looks", "router": "with alignment"}
 WRONG: Final = {
     "any": "one thing wrong",
     "relation": "relation turned round",
@@ -47,7 +48,13 @@ def card(report: Report) -> str:
         for measure in MEASURES
         for what, measures in by_count.items()
     ]
-    better = ["cloud better by PRS", *(_percent(report["cloud_better"][k]) for k in columns)]
+    better = [
+        [
+            f"cloud better by PRS, {what}",
+            *(_percent(report["cloud_better"][kind][k]) for k in columns),
+        ]
+        for kind, what in PRS.items()
+    ]
     sides = ["unseen", "seen", "difference"]
     unseen = [
         [f"{measure}: {DRAWN[name]}", *(_percent(measures[measure][side]) for side in sides)]
@@ -70,7 +77,7 @@ def card(report: Report) -> str:
             _table(["what", "number"], general),
             f"What the judge finds right, in % of what {report['pictures']} captions a column ask "
             "for, by the number of objects:\n",
-            _table(["what", *columns], [*right, better]),
+            _table(["what", *columns], [*right, *better]),
             f"The same, in %, of {len(OBJECTS) * report['pictures']} scenes with a pairing that "
             "training never saw, and of as many of the same form without one:\n",
             _table(["what", *sides], unseen),

@@ -26,7 +26,13 @@ from cloud_server.errors import ModelError
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.digest import folder_digest
 from cloud_server.training.labels import Labels, PipelinePainter
-from cloud_server.training.quality import Clip, QualityScorer
+from cloud_server.training.quality import (
+    ALIGNMENT,
+    ALIGNMENT_WEIGHT,
+    Alignment,
+    Clip,
+    QualityScorer,
+)
 from cloud_server.training.router import distances
 from cloud_server.training.starter.autoencoder import to_tensor
 from cloud_server.training.starter.degradations import degrade
@@ -101,7 +107,7 @@ def evaluate(models: Path, judge: Path, seed: int, device: str, pictures: int) -
         "models": _sizes(models) | {"judge": folder_digest(judge)[:12]},
         "autoencoder": {"psnr": _plain(average(psnr, seed))},
         "clip": _captions(clip, fresh, truths, seed) | _qualities(scorer, truths[:SPOILED], seed),
-        **_drawing(models, reader, scorer, seed, device, pictures),
+        **_drawing(models, reader, clip, seed, device, pictures),
     }
 
 
@@ -247,7 +253,7 @@ def _form(scene: Scene) -> tuple[Any, ...]:
 
 
 def _drawing(
-    models: Path, judge: Judge, scorer: QualityScorer, seed: int, device: str, pictures: int
+    models: Path, judge: Judge, clip: Clip, seed: int, device: str, pictures: int
 ) -> Report:
     """Return what the judge finds right in true and in drawn pictures, and who is better by PRS."""
     exam = Exam.sample(pictures, seed)
@@ -268,7 +274,7 @@ def _drawing(
         "unseen": {
             name: {k: _unseen(exam.pairs(right[name][k]), seed) for k in MEASURES} for name in drawn
         },
-        "cloud_better": _cloud_better(exam, scorer, drawn["edge"], drawn["cloud"], seed),
+        "cloud_better": _cloud_better(exam, clip, drawn["edge"], drawn["cloud"], seed),
         "seconds": seconds,
     }
 
@@ -305,18 +311,26 @@ def _unseen(pairs: NDArray[np.float64], seed: int) -> Report:
     }
 
 
-def _cloud_better(
-    exam: Exam, scorer: QualityScorer, edge: Pixels, cloud: Pixels, seed: int
-) -> Report:
-    """Return how often PRS says that the cloud's picture of a usual scene is the better one."""
+def _cloud_better(exam: Exam, clip: Clip, edge: Pixels, cloud: Pixels, seed: int) -> Report:
+    """Return how often PRS says that the cloud's picture of a usual scene is the better one.
+
+    By the ten looks, and with alignment as the starter router weighs it.
+    """
     count = len(OBJECTS) * exam.each
-    q = np.stack([scorer.score(_images(stack[:count])) for stack in (edge, cloud)])
+    prompts = [scene.caption for scene in exam.scenes[:count]]
+    scorer = QualityScorer(clip, alignment=Alignment(ALIGNMENT_WEIGHT, tuple(prompts)))
+    q = np.stack([scorer.score(_images(stack[:count]), prompts) for stack in (edge, cloud)])
     names = tuple(metric.name for metric in scorer.metrics)
-    labels = Labels(q.astype(np.float64)[:, :, None], ("",) * count, (seed,), names, "")
+    labels = Labels(q.astype(np.float64)[:, :, None], tuple(prompts), (seed,), names, "")
     *_, d = distances(labels, np.arange(count))
     weights = np.array([metric.weight for metric in scorer.metrics])
-    better = prs(d, weights / weights.sum()) < 0.5
-    return _by_objects(better.reshape(len(OBJECTS), -1).astype(np.float64), seed)
+    looks = weights * [metric.name != ALIGNMENT for metric in scorer.metrics]
+
+    def rate(weights: NDArray[np.float64]) -> Report:
+        better = prs(d, weights / weights.sum()) < 0.5
+        return _by_objects(better.reshape(len(OBJECTS), -1).astype(np.float64), seed)
+
+    return {"looks": rate(looks), "router": rate(weights)}
 
 
 def _sizes(models: Path) -> Report:
