@@ -64,7 +64,7 @@ class Clip:
         """What the model is called; of a folder, its own name alone."""
         if self._folder:
             return self._folder.name
-        return f"{self.model}/{self.pretrained}" if self.pretrained else self.model
+        return f"{self.model}/{Path(self.pretrained).name}" if self.pretrained else self.model
 
     @cached_property
     def digest(self) -> str:
@@ -100,7 +100,7 @@ class Clip:
     @property
     def scale(self) -> float:
         """What the model multiplies cosines with to get logits."""
-        return float(self.network.logit_scale.exp())
+        return float(self.network.logit_scale.detach().exp())
 
     def texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:
         """Return the features (N, d) of texts, of length 1."""
