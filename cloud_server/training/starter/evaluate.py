@@ -30,7 +30,7 @@ from cloud_server.training.quality import QualityScorer, load_metrics
 from cloud_server.training.router import distances
 from cloud_server.training.starter.autoencoder import to_tensor
 from cloud_server.training.starter.degradations import degrade
-from cloud_server.training.starter.intervals import (
+from cloud_server.training.intervals import (
     Estimate,
     auroc,
     average,
