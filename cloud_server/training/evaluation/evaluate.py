@@ -28,6 +28,7 @@ from cloud_server.training.evaluation.measures import (
 )
 from cloud_server.training.evaluation.splits import Plan
 from cloud_server.training.evaluation.truth import Truth, halves, reliability
+from cloud_server.training.evaluation.verdict import verdict
 from cloud_server.training.intervals import RESAMPLES, resamples
 from cloud_server.training.label import Labels
 
@@ -45,13 +46,14 @@ COMPARED: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is evaluated on: labels and metric weights (k,), and a count of nouns (N,).
+    """What is evaluated on: labels, metric weights (k,), names of the two models, nouns (N,).
 
     `judge` (N,) is what the cloud's picture of every prompt gains by a judge of another kind.
     """
 
     labels: Labels
     weights: Floats
+    models: tuple[str, str]
     nouns: Floats
     counted: str
     judge: Floats | None = None
@@ -94,7 +96,7 @@ def evaluate(
     ]
     predicted = 1.0 - ours.raw.mean(0)
     sent = ours.ranks[0] > 0.5
-    return {
+    report: Report = {
         "plan": {
             "description": plan.description,
             "prompts": len(case.labels.prompts),
@@ -105,8 +107,12 @@ def evaluate(
             "seed": seed,
         },
         "labels": {"digest": case.labels.digest, "metrics": list(names)},
-        "pair": details.the_pair(truth, names, seed)
-        | {"reliability": reliability(case.labels, case.weights, plan.rows)},
+        "pair": {
+            "edge_model": case.models[0],
+            "cloud_model": case.models[1],
+            "reliability": reliability(case.labels, case.weights, plan.rows),
+            **details.the_pair(truth, names, seed),
+        },
         "methods": rows[: len(methods)],
         "ablations": rows[len(methods) :],
         "oracles": _oracles(case, plan, truth, judge, counts),
@@ -125,6 +131,7 @@ def evaluate(
             truth, 1.0 - ours.raw[0], sent, case.labels.prompts, plan.rows
         ),
     }
+    return report | {"verdict": verdict(report)}
 
 
 def train(method: Method, plan: Plan) -> Trained:

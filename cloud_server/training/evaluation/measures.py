@@ -53,6 +53,7 @@ class Bench:
         found["efficiency"] = _ratio(found["gain_area"], self._best)
         found |= {f"delta_p_{p}": gain.at(p / 100) for p in SHARES}
         found |= {f"plain_{p}": plain.at(p / 100) for p in SHARES}
+        found["over_cloud_50"] = found["delta_p_50"] - gain.total
         better = gain.total > 0  # of a gap that is none, no part can be recovered
         for p in RECOVERED:
             found[f"cpt_{p}"] = np.where(better, gain.first(p / 100 * gain.total), np.nan)
