@@ -108,9 +108,7 @@ class Ranking:
 
     def curve(self, gains: ArrayLike) -> Curve:
         """Return the curve of gains (N,)."""
-        return Curve(
-            self._share, self._accumulated(self._counts * np.asarray(gains)[self._order])
-        )
+        return Curve(self._share, self._accumulated(self._counts * np.asarray(gains)[self._order]))
 
     def _accumulated(self, values: Floats) -> Floats:
         by_score = np.add.reduceat(values, self._groups, axis=1)

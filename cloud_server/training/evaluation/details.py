@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +10,7 @@ from numpy.typing import NDArray
 
 from cloud_server.training.evaluation.measures import plain
 from cloud_server.training.evaluation.truth import Truth
-from cloud_server.training.intervals import Estimate, average, percentile, resamples, share
+from cloud_server.training.intervals import average, percentile, resamples, share
 from edge_agent.routing.budget.pacer import Pace, Pacer
 from edge_agent.routing.policy import score_digest, threshold
 
@@ -124,7 +122,9 @@ def shares(scores: Floats, seed: int) -> list[dict[str, Any]]:
             again = [
                 np.mean(
                     [
-                        _sent(rng.choice(scores[a], len(a)), rng.choice(scores[b], len(b)), asked, cap)
+                        _sent(
+                            rng.choice(scores[a], len(a)), rng.choice(scores[b], len(b)), asked, cap
+                        )
                         for a, b in _turns(halves)
                     ]
                 )
@@ -218,16 +218,3 @@ def worst_regrets(
         for i in np.argsort(-lost, kind="stable")[:most]
         if lost[i] > 0
     ]
-
-
-def kept_picture(folder: Path, digest: str, prompt: str, row: int, seed: int) -> Path:
-    """Return where labelling keeps the picture that a model drew of a prompt."""
-    name = f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}-{seed * 1_000_003 + row}.png"
-    return folder / digest[:12] / name
-
-
-def spread(values: Sequence[float]) -> dict[str, Any] | None:
-    """Return mean and range of a number over training runs; None of a single one."""
-    if len(values) < 2:
-        return None
-    return plain(Estimate(float(np.mean(values)), min(values), max(values), len(values)))

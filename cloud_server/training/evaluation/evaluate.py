@@ -166,9 +166,7 @@ def _row(
         "key": key,
         "name": method.name,
         "numbers": estimates(mean(found[key]), resampled[key], n),
-        "ours_more": estimates(
-            {k: more[k] for k in compared}, {k: again[k] for k in compared}, n
-        ),
+        "ours_more": estimates({k: more[k] for k in compared}, {k: again[k] for k in compared}, n),
         "runs": {k: [float(run[k][0]) for run in found[key]] for k in ("apgr", "delta_p_50")},
         "curves": _average_curves([point.curves(run) for run in scores.ranks]),
     }

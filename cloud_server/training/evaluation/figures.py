@@ -21,7 +21,7 @@ LINES: Final = (
     ("#0072b2", "-"), ("#009e73", "-"), ("#56b4e9", "-"), ("#cc79a7", "-"), ("#e69f00", "-"),
     ("#000000", ":"), ("#0072b2", ":"), ("#009e73", "--"), ("#cc79a7", "--"),
 )  # fmt: skip
-STYLE: Final = {
+STYLE: Final[dict[Any, Any]] = {
     "font.size": 10.5,
     "font.family": "DejaVu Sans",
     "axes.edgecolor": QUIET,
@@ -77,13 +77,20 @@ def cost_quality(report: Report, view: str, label: str, factor: float) -> Figure
     oracles = [values(row) for row in report["oracles"]]
     if len(oracles) == 2:
         axes.fill_between(
-            share, *oracles, color=ORACLE, lw=0, label="between the oracles: split-half, naive"
+            share,
+            oracles[0],
+            oracles[1],
+            color=ORACLE,
+            lw=0,
+            label="between the oracles: split-half, naive",
         )
     else:
         axes.plot(share, oracles[0], color=QUIET, lw=1, label="oracle, naive (one picture each)")
     if view == "delta_p":
-        band = ([factor * y for y in report["band"][end]] for end in ("low", "high"))
-        axes.fill_between(share, *band, color=OURS, alpha=0.13, lw=0, label="ours, 95 % interval")
+        low, high = ([factor * y for y in report["band"][end]] for end in ("low", "high"))
+        axes.fill_between(
+            share, low, high, color=OURS, alpha=0.13, lw=0, label="ours, 95 % interval"
+        )
     others = [row for row in report["methods"] if row["key"] not in ("ours", "random")]
     others.sort(key=lambda row: -row["numbers"]["gain_area"]["mean"])
     by_key = {row["key"]: row for row in report["methods"]}
@@ -92,7 +99,7 @@ def cost_quality(report: Report, view: str, label: str, factor: float) -> Figure
         axes.plot(share, values(row), color=colour, ls=line, lw=1.3, label=row["name"])
     straight = values(by_key["random"])
     axes.plot(share, straight, color=QUIET, ls=(0, (5, 3)), lw=1.3, label="random (analytic)")
-    ends = {"color": INK, "ms": 6, "ls": "", "clip_on": False, "zorder": 6}
+    ends: dict[str, Any] = {"color": INK, "ms": 6, "ls": "", "clip_on": False, "zorder": 6}
     axes.plot([0], [0], "o", markerfacecolor="white", label="always-edge", **ends)
     axes.plot([100], [straight[-1]], "o", label="always-cloud", **ends)
     axes.set(xlim=(0, 100), xlabel="prompts sent to the cloud (%)", ylabel=label)
@@ -201,7 +208,7 @@ def shares(report: Report) -> Figure:
     axes.plot([0, 100], [0, 100], color=QUIET, ls=(0, (5, 3)), lw=1.2, label="as asked")
     for key, colour, off, label in (
         ("got", OURS, -0.8, "by the quantile alone"),
-        ("capped", INK, 0.8, "and α ≤ ½ (the product)"),
+        ("capped", INK, 0.8, "and never a PRS above ½"),
     ):
         found = [row[key] for row in rows]
         off_by = [

@@ -34,8 +34,17 @@ class Network:
     def fit(self, rows: Rows, seed: int) -> Floats:
         """Return 1 - prs, predicted for every prompt (N,)."""
         _, _, d = distances(self.labels, rows)
-        model = fit_predictor(self.features, d, self.weights, rows, self.labels.digest,
-                              self.work, self.budget, seed, self.device)
+        model = fit_predictor(
+            self.features,
+            d,
+            self.weights,
+            rows,
+            self.labels.digest,
+            self.work,
+            self.budget,
+            seed,
+            self.device,
+        )
         return 1.0 - prs(predict(model, self.features, self.device), self.weights)
 
 

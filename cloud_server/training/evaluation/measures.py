@@ -62,9 +62,7 @@ class Bench:
             found[f"calls_{p}"] = calls
             found[f"saved_{p}"] = np.where(np.isfinite(random), 1 - calls / random, np.nan)
         found |= self._choices(ranking)
-        by_metric = {
-            name: ranking.curve(values).at(0.5) for name, values in self._metrics.items()
-        }
+        by_metric = {name: ranking.curve(values).at(0.5) for name, values in self._metrics.items()}
         found |= {f"metric_50 {name}": values for name, values in by_metric.items()}
         found["worst_metric_50"] = np.min(list(by_metric.values()), axis=0)
         if self._judge is not None:

@@ -79,16 +79,19 @@ def halves(labels: Labels, weights: Floats, rows: Rows) -> list[tuple[Truth, Tru
 
     Both are in the units of all seeds. Of an odd number of seeds the chooser has one fewer.
     """
-    seeds = range(len(labels.seeds))
+    seeds = set(range(len(labels.seeds)))
     unit = Truth.of(labels, weights, rows).gaps
     pairs = []
-    for chosen in combinations(seeds, len(seeds) // 2):
-        others = [seed for seed in seeds if seed not in chosen]
-        if not chosen:
-            return []
-        parts = (labels.q[:, rows][:, :, list(part)].mean(2) for part in (chosen, others))
-        pairs.append(tuple(Truth(*part, weights, unit) for part in parts))
-    return [(one, other) for one, other in pairs]
+    for chosen in combinations(sorted(seeds), len(seeds) // 2):
+        if chosen:
+            half, other = (
+                labels.q[:, rows][:, :, sorted(part)].mean(2)
+                for part in (chosen, seeds.difference(chosen))
+            )
+            pairs.append(
+                (Truth(half[0], half[1], weights, unit), Truth(other[0], other[1], weights, unit))
+            )
+    return pairs
 
 
 def reliability(labels: Labels, weights: Floats, rows: Rows) -> float | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 Report = dict[str, Any]
+
+NONE: Final = "\N{EN DASH}"
+MINUS: Final = "\N{MINUS SIGN}"
 
 
 def verdict(report: Report) -> Report:
@@ -51,10 +54,11 @@ def _calls(ours: Report, best: Report) -> str:
             f"calls can be named; over all budgets its APGR is {decimal(ours['numbers']['apgr'])}, "
             f"where random is 0.5 and the other {decimal(best['numbers']['apgr'])}."
         )
-    beside = "" if theirs is None or theirs["mean"] is None else f" (the other: {percent(theirs)})"
+    known = theirs is not None and theirs["mean"] is not None
+    beside = f" (the other: {percent(theirs)})" if known else ""
     return (
-        f"For ΔP 50 % it needs {percent(saved)} fewer cloud calls than random routing{beside}; over "
-        f"all budgets its APGR is {decimal(ours['numbers']['apgr'])}, where random is 0.5 and "
+        f"For ΔP 50 % it needs {percent(saved)} fewer cloud calls than random routing{beside}; "
+        f"over all budgets its APGR is {decimal(ours['numbers']['apgr'])}, where random is 0.5 and "
         f"the other {decimal(best['numbers']['apgr'])}."
     )
 
@@ -67,16 +71,16 @@ def ours_against(report: Report, key: str, number: str) -> Report:
 
 
 def interval(estimate: Report | None, factor: float, digits: int, sign: bool = False) -> str:
-    """Return "mean [low, high]", "never" for what is not reached, "–" for what is not defined."""
+    """Return "mean [low, high]", "never" for what is not reached, a dash if not defined."""
     if estimate is None or estimate["mean"] is None:
-        return "never" if estimate and estimate.get("never") else "–"
+        return "never" if estimate and estimate.get("never") else NONE
     plus = "+" if sign else ""
 
     def one(value: float | None, else_: str) -> str:
-        return else_ if value is None else f"{factor * value:{plus}.{digits}f}".replace("-", "−")
+        return else_ if value is None else f"{factor * value:{plus}.{digits}f}".replace("-", MINUS)
 
-    low, high = one(estimate["low"], "–"), one(estimate["high"], "never")
-    mean = one(estimate["mean"], "–")
+    low, high = one(estimate["low"], NONE), one(estimate["high"], "never")
+    mean = one(estimate["mean"], NONE)
     return mean if low == high == mean else f"{mean} [{low}, {high}]"
 
 

@@ -22,12 +22,8 @@ def _pattern() -> tuple[re.Pattern[str], dict[str, int], dict[str, str], dict[st
     counts = {
         said: number for number, word in COUNTS.items() for said in (word, *VARIANTS.get(word, ()))
     } | {"an": 1}
-    sizes = {
-        said: size for size in SIZES if size for said in (size, *VARIANTS.get(size, ()))
-    }
-    nouns = {noun: noun for noun in NOUNS} | {
-        PLURALS.get(noun, noun + "s"): noun for noun in NOUNS
-    }
+    sizes = {said: size for size in SIZES if size for said in (size, *VARIANTS.get(size, ()))}
+    nouns = {noun: noun for noun in NOUNS} | {PLURALS.get(noun, noun + "s"): noun for noun in NOUNS}
     one_of = lambda words: "|".join(sorted(map(re.escape, words), key=len, reverse=True))  # noqa: E731
     text = (
         rf"\b({one_of(counts)}) (?:({one_of(sizes)}) )?(?:({one_of(COLOURS)}) )?"

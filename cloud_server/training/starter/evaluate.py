@@ -25,11 +25,6 @@ from tqdm import tqdm
 
 from cloud_server.errors import ModelError
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.label import Labels, PipelinePainter, folder_digest
-from cloud_server.training.quality import QualityScorer, load_metrics
-from cloud_server.training.router import distances
-from cloud_server.training.starter.autoencoder import to_tensor
-from cloud_server.training.starter.degradations import degrade
 from cloud_server.training.intervals import (
     Estimate,
     auroc,
@@ -38,6 +33,11 @@ from cloud_server.training.intervals import (
     rank_correlation,
     share,
 )
+from cloud_server.training.label import Labels, PipelinePainter, folder_digest
+from cloud_server.training.quality import QualityScorer, load_metrics
+from cloud_server.training.router import distances
+from cloud_server.training.starter.autoencoder import to_tensor
+from cloud_server.training.starter.degradations import degrade
 from cloud_server.training.starter.judge import Judge
 from cloud_server.training.starter.reading import MEASURES, shares
 from cloud_server.training.starter.scenes import (
