@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cloud_server.training.label import Labels
+from cloud_server.training.labels import Labels
 
 METRICS = ("Sharpness", "Realism", "Layout")
 WEIGHTS = np.array([0.5, 0.25, 0.25])

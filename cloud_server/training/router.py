@@ -22,16 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.label import (
-    Labels,
-    PipelinePainter,
-    folder_digest,
-    label,
-    sample_prompts,
-)
+from cloud_server.training.labels import Labels, PipelinePainter, label, sample_prompts
 from cloud_server.training.loop import Budget, fit
 from cloud_server.training.predictor import Predictor, PredictorConfig
-from cloud_server.training.quality import QualityScorer
+from cloud_server.training.quality import ALIGNMENT_WEIGHT, Alignment, Clip, QualityScorer
 from edge_agent.routing.pareto import FLOOR, fit_gamma, prs, quality_distance
 from edge_agent.routing.policy import score_digest, threshold
 
@@ -44,7 +38,6 @@ PROMPTS = {"cpu": 400, "cuda": 3000}
 PICTURES = {"cpu": 16, "cuda": 128}  # drawn at once
 HELD_OUT = 0.2
 DEFAULT_SHARE = 0.3
-ALIGNMENT_WEIGHT = 0.5  # what is drawn counts as much as how it looks
 PROBE = "two red apples to the left of a cat"
 
 
@@ -84,9 +77,12 @@ def train_router(
     kind = torch.device(device).type
     prompts = prompts or PROMPTS[kind]
     edge, cloud = edge or starter / "edge", cloud or starter / "cloud"
-    scorer = QualityScorer.open(starter / "clip", device=device, alignment=ALIGNMENT_WEIGHT)
     sampled = sample_prompts(prompts + calibration, seed)
     texts = [prompt.text for prompt in sampled]
+    scorer = QualityScorer(
+        Clip(starter / "clip", device=device),
+        alignment=Alignment(ALIGNMENT_WEIGHT, tuple(texts[:prompts])),
+    )
     painters = PipelinePainter(edge, device), PipelinePainter(cloud, device)
     labels = label(
         *painters,
@@ -94,7 +90,6 @@ def train_router(
         texts[:prompts],
         range(seeds),
         work,
-        judge=folder_digest(starter / "clip"),
         batch=PICTURES[kind],
     )
     digests = [painter.digest for painter in painters]

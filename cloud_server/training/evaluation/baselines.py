@@ -18,7 +18,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsRegressor
 
 from cloud_server.training.evaluation.truth import Truth
-from cloud_server.training.label import Labels
+from cloud_server.training.labels import Labels
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]

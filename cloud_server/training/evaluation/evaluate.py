@@ -30,7 +30,7 @@ from cloud_server.training.evaluation.splits import Plan
 from cloud_server.training.evaluation.truth import Truth, halves, reliability
 from cloud_server.training.evaluation.verdict import verdict
 from cloud_server.training.intervals import RESAMPLES, resamples
-from cloud_server.training.label import Labels
+from cloud_server.training.labels import Labels
 
 Floats = NDArray[np.float64]
 Report = dict[str, Any]

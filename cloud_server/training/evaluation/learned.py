@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cloud_server.training.label import Labels
+from cloud_server.training.labels import Labels
 from cloud_server.training.loop import Budget
 from cloud_server.training.router import Features, distances, fit_predictor, predict
 from edge_agent.routing.pareto import prs

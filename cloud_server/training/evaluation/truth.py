@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from cloud_server.training.label import Labels
+from cloud_server.training.labels import Labels
 from edge_agent.routing.pareto import dataset_gaps, fit_gamma, prs, quality_distance
 
 Floats = NDArray[np.float64]

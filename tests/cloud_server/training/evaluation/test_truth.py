@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cloud_server.training.evaluation.truth import Truth, halves, reliability
-from cloud_server.training.label import Labels
+from cloud_server.training.labels import Labels
 from tests.made_up import make_world
 
 TEN = np.full(10, 0.1)
