@@ -189,6 +189,6 @@ def test_readme_lists_every_setting_with_its_flag_and_variable() -> None:
 
 
 def test_readme_shows_the_ten_metrics_as_they_are() -> None:
-    file = ROOT / "cloud_server/training/metrics.toml"
+    file = ROOT / "cloud_server/training/quality/metrics.toml"
     for metric in tomllib.loads(file.read_text(encoding="utf-8"))["metric"]:
         assert f"| {metric['name']} | {metric['positive']} | {metric['negative']} |" in README

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cloud_server.errors import DataError
 from cloud_server.training.encoders import Features
 from cloud_server.training.gated import fit_gated
-from cloud_server.training.label import Labels
+from cloud_server.training.labels import Labels
 from cloud_server.training.linear import fit_columns
 from cloud_server.training.loop import Budget
 from cloud_server.training.predictor import LinearPredictor, Predictor, PredictorConfig, pooled
@@ -180,7 +180,7 @@ def _fit_linear(
 
 def check(labels: Labels) -> None:
     """Raise DataError where nothing can be learnt from labels, and say why."""
-    models, prompts, seeds, metrics = labels.q.shape
+    prompts = labels.q.shape[1]
     if prompts < LEAST_PROMPTS:
         raise DataError(
             f"there are labels of {prompts} prompt{'s' * (prompts != 1)} only, and training needs "
@@ -200,8 +200,4 @@ def check(labels: Labels) -> None:
                 f"the metric {name} has the value {worst:g}, but qualities lie between 0 and 1; "
                 "scale it first"
             )
-        if np.ptp(q) == 0:
-            raise DataError(
-                f"the metric {name} is {q.flat[0]:g} for every picture, so that nothing can be "
-                "learnt from it; leave it out"
-            )
+    labels.check_trainable()

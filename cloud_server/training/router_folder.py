@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from cloud_server.training import predictor
 from cloud_server.training.encoders import TextEncoder
-from cloud_server.training.label import Labels
+from cloud_server.training.labels import Labels
 from cloud_server.training.loop import Budget
-from cloud_server.training.quality import Metric
 from cloud_server.training.router import Learned, Settings, check, learn
 from edge_agent.routing.pareto import FLOOR, prs
 from edge_agent.routing.policy import score_digest, threshold
@@ -36,22 +35,14 @@ PROBE = "two red apples to the left of a cat"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Material:
-    """What a router is made from: labels, their metrics, and the names of edge and cloud model.
+    """What a router is made from: labels, and prompts that only set the threshold.
 
-    `related` is as in `learn`; `calibration` are prompts that only set the threshold.
+    `related` is as in `learn`.
     """
 
     labels: Labels
-    metrics: Sequence[Metric]
-    models: tuple[str, str]
     calibration: Sequence[str] = ()
     related: Floats | None = None
-
-    @property
-    def weights(self) -> Floats:
-        """The weights (k,) of the metrics in PRS, which sum to 1."""
-        weights = np.array([metric.weight for metric in self.metrics], np.float64)
-        return weights / weights.sum()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +71,7 @@ def train_router(
     A fifth of the prompts is held out to measure on, and to calibrate on where `material` brings
     no prompts for it. State is kept in `work`, so that a killed run resumes.
     """
-    labels, weights = material.labels, material.weights
+    labels, weights = material.labels, material.labels.weights
     check(labels)
     count = len(labels.prompts)
     features = encoder.encode([*labels.prompts, *material.calibration], device)
@@ -149,7 +140,7 @@ def correlation(a: Floats, b: Floats) -> tuple[float, float, float]:
 
 
 def _facts(trained: Trained, material: Material, encoder: TextEncoder, seed: int) -> dict[str, Any]:
-    learned = trained.learned
+    learned, labels = trained.learned, material.labels
     return {
         "metrics": [
             {
@@ -161,7 +152,7 @@ def _facts(trained: Trained, material: Material, encoder: TextEncoder, seed: int
                 "mu_cloud": float(mu_cloud),
             }
             for metric, weight, mu_edge, mu_cloud in zip(
-                material.metrics, material.weights, *learned.mu, strict=True
+                labels.described, labels.weights, *learned.mu, strict=True
             )
         ],
         "gamma": learned.gamma,
@@ -169,12 +160,19 @@ def _facts(trained: Trained, material: Material, encoder: TextEncoder, seed: int
         "score_digest": trained.digest,
         "default_share": DEFAULT_SHARE,
         "predictor_kind": learned.model.config.kind,
-        "edge_model": material.models[0],
-        "cloud_model": material.models[1],
+        "edge_model": _name(labels, "edge"),
+        "cloud_model": _name(labels, "cloud"),
         "reads_with": encoder.name,
         "text_probe": {"prompt": PROBE, "state": encoder.state(PROBE)},
         "seed": seed,
     }
+
+
+def _name(labels: Labels, side: str) -> str:
+    """Return what a model of the labels is called, with the start of its digest if it has one."""
+    model = labels.origin.get("models", {}).get(side, {})
+    name, digest = str(model.get("name", side)), str(model.get("digest", ""))
+    return f"{name}@{digest[:12]}" if digest else name
 
 
 def save_router(

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud_server.errors import DataError
-from cloud_server.training.label import Labels
+from cloud_server.training.labels import Labels
+from cloud_server.training.quality import Metric
 
 Floats = NDArray[np.float64]
 COLUMNS = ("prompt", "model", "metric", "score")
@@ -62,7 +63,15 @@ class Scores:
         prompts = tuple(p for p, whole in zip(self.prompts, complete, strict=True) if whole)
         choice = repr((self.digest, edge_model, cloud_model, chosen))
         digest = hashlib.sha256(choice.encode()).hexdigest()[:12]
-        return Labels(np.moveaxis(q[complete], 1, 0)[:, :, None], prompts, (0,), chosen, digest)
+        return Labels(
+            np.moveaxis(q[complete], 1, 0)[:, :, None],
+            prompts,
+            (0,),
+            chosen,
+            digest,
+            tuple(Metric(name, "", "", 1 / len(chosen)) for name in chosen),
+            {"models": {"edge": {"name": edge_model}, "cloud": {"name": cloud_model}}},
+        )
 
     def related(self, labels: Labels, edge_model: str, cloud_model: str) -> Floats:
         """Return what else is known of the prompts of a pair's labels (N, m): all other scores.

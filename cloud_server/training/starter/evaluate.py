@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor
 from tqdm import tqdm
 
 from cloud_server.errors import ModelError
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.label import Labels, PipelinePainter, folder_digest
-from cloud_server.training.quality import QualityScorer, load_metrics
+from cloud_server.training.digest import folder_digest
+from cloud_server.training.labels import Labels, PipelinePainter
+from cloud_server.training.quality import Clip, QualityScorer
 from cloud_server.training.router import distances
 from cloud_server.training.starter.autoencoder import to_tensor
 from cloud_server.training.starter.degradations import degrade
@@ -52,8 +52,7 @@ from cloud_server.training.starter.scenes import (
 from edge_agent.routing.pareto import prs
 
 guard()
-import open_clip  # noqa: E402  the guard must come first
-from diffusers import AutoencoderTiny  # noqa: E402
+from diffusers import AutoencoderTiny  # noqa: E402  the guard must come first
 
 OBJECTS: Final = (1, 2, 3, 4, 5)
 STRENGTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -92,8 +91,8 @@ def evaluate(models: Path, judge: Path, seed: int, device: str, pictures: int) -
     fresh = [sample_scene(rng) for _ in range(RETRIEVAL)]
     truths = np.stack([draw(scene, rng) for scene in fresh])
     psnr = _psnr(truths, through(models / "edge" / "vae", truths, device))
-    network, preprocess, tokenizer = _open_clip(models / "clip")
-    scorer = QualityScorer(network, preprocess, tokenizer, load_metrics(), device)
+    clip = Clip(models / "clip", device=device)
+    scorer = QualityScorer(clip)
     return {
         "seed": seed,
         "device": device,
@@ -101,8 +100,7 @@ def evaluate(models: Path, judge: Path, seed: int, device: str, pictures: int) -
         "versions": {"python": platform.python_version(), **{k: version(k) for k in VERSIONS}},
         "models": _sizes(models) | {"judge": folder_digest(judge)[:12]},
         "autoencoder": {"psnr": _plain(average(psnr, seed))},
-        "clip": _captions(network, preprocess, tokenizer, fresh, truths, seed, device)
-        | _qualities(scorer, truths[:SPOILED], seed),
+        "clip": _captions(clip, fresh, truths, seed) | _qualities(scorer, truths[:SPOILED], seed),
         **_drawing(models, reader, scorer, seed, device, pictures),
     }
 
@@ -130,34 +128,12 @@ def _batches(pictures: Pixels, what: str) -> Iterator[Pixels]:
         yield pictures[start : start + 64]
 
 
-def _open_clip(folder: Path) -> tuple[Any, Any, Any]:
-    name = f"local-dir:{folder.resolve()}"
-    network, preprocess = open_clip.create_model_from_pretrained(name)
-    return network, preprocess, open_clip.get_tokenizer(name)
-
-
 @torch.inference_mode()
-def _captions(
-    network: Any,
-    preprocess: Any,
-    tokenizer: Any,
-    scenes: Sequence[Scene],
-    pictures: Pixels,
-    seed: int,
-    device: str,
-) -> Report:
+def _captions(clip: Clip, scenes: Sequence[Scene], pictures: Pixels, seed: int) -> Report:
     """Return how well CLIP tells the captions of pictures from others and from wrong ones."""
     rng = np.random.default_rng([seed, 1])
-
-    def text(captions: Sequence[str]) -> Tensor:
-        return network.encode_text(tokenizer(list(captions)).to(device), normalize=True)
-
-    def image(batch: Pixels) -> Tensor:
-        inputs = torch.stack([preprocess(Image.fromarray(picture)) for picture in batch])
-        return network.encode_image(inputs.to(device), normalize=True)
-
-    images = torch.cat([image(batch) for batch in _batches(pictures, "captions")])
-    right = text([scene.caption for scene in scenes])
+    images = torch.cat([clip.pictures(_images(batch)) for batch in _batches(pictures, "captions")])
+    right = clip.texts([scene.caption for scene in scenes])
     nearest = (images @ right.T).argmax(1).cpu().numpy()
     wrong: dict[str, list[str | None]] = {
         "any": [str(rng.choice(caption_negatives(scene, rng))) for scene in scenes],
@@ -168,7 +144,7 @@ def _captions(
     preferred: Report = {}
     for kind, captions in wrong.items():
         rows, others = zip(*((i, one) for i, one in enumerate(captions) if one), strict=True)
-        margins = (images[list(rows)] * (text(others) - right[list(rows)])).sum(1)
+        margins = (images[list(rows)] * (clip.texts(others) - right[list(rows)])).sum(1)
         preferred[kind] = _plain(share((margins > 0).cpu().numpy(), seed))
     retrieval = share(nearest == np.arange(len(scenes)), seed)
     return {"retrieval": _plain(retrieval), "wrong_preferred": preferred}

@@ -8,15 +8,14 @@ import numpy as np
 import torch
 
 from cloud_server.training.encoders import open_encoder
-from cloud_server.training.label import PipelinePainter, folder_digest, label, sample_prompts
+from cloud_server.training.labels import PipelinePainter, label, sample_prompts
 from cloud_server.training.loop import Budget
-from cloud_server.training.quality import QualityScorer
+from cloud_server.training.quality import ALIGNMENT_WEIGHT, Alignment, Clip, QualityScorer
 from cloud_server.training.router import Settings
 from cloud_server.training.router_folder import Material, report, train_router
 
 PROMPTS = {"cpu": 400, "cuda": 3000}
 PICTURES = {"cpu": 16, "cuda": 128}  # drawn at once
-ALIGNMENT_WEIGHT = 0.5  # what is drawn counts as much as how it looks
 
 
 def train_starter_router(
@@ -40,25 +39,16 @@ def train_starter_router(
     """
     kind = torch.device(device).type
     count = prompts or PROMPTS[kind]
-    scorer = QualityScorer.open(starter / "clip", device=device, alignment=ALIGNMENT_WEIGHT)
     sampled = sample_prompts(count + calibration, seed)
     texts = [prompt.text for prompt in sampled]
-    painters = [PipelinePainter(starter / name, device) for name in ("edge", "cloud")]
-    labels = label(
-        *painters,
-        scorer,
-        texts[:count],
-        range(seeds),
-        work,
-        judge=folder_digest(starter / "clip"),
-        batch=PICTURES[kind],
+    scorer = QualityScorer(
+        Clip(starter / "clip", device=device),
+        alignment=Alignment(ALIGNMENT_WEIGHT, tuple(texts[:count])),
     )
-    edge, cloud = (
-        f"{name}@{painter.digest[:12]}"
-        for name, painter in zip(("edge", "cloud"), painters, strict=True)
-    )
-    del painters
-    material = Material(labels, scorer.metrics, (edge, cloud), texts[count:])
+    edge, cloud = (PipelinePainter(starter / name, device) for name in ("edge", "cloud"))
+    labels = label(edge, cloud, scorer, texts[:count], range(seeds), work, batch=PICTURES[kind])
+    del edge, cloud  # the memory of two diffusion models
+    material = Material(labels, texts[count:])
     encoder = open_encoder(starter / "edge")
     trained = train_router(material, encoder, out, work, budget, seed, device, settings)
     print(f"\n{report(trained, material)}")

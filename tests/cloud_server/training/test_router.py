@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_server.training.label import Labels
+from cloud_server.training.labels import Labels
 from cloud_server.training.loop import Budget
 from cloud_server.training.predictor import Predictor
 from cloud_server.training.router import (

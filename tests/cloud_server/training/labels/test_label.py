@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from cloud_server.training.label import PipelinePainter, folder_digest, label, sample_prompts
 from PIL import Image
 
-from cloud_server.training.label import PipelinePainter, folder_digest, label, sample_prompts
 from cloud_server.training.quality import Metric
 from tests.tiny import make_pipeline
 
