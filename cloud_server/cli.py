@@ -26,6 +26,10 @@ _LAZY = {
         "cloud_server.training.labels.cli:label_command",
         "Draw prompts with two models and score every picture.",
     ),
+    "train-router": (
+        "cloud_server.training.router_cli:train_router_command",
+        "Learn from labels or ratings which prompts gain by the cloud.",
+    ),
     "train-starter": (
         "cloud_server.training.starter.cli:train_starter",
         "Train the starter models from nothing.",

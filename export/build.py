@@ -20,7 +20,8 @@ import onnxruntime
 import torch
 
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.predictor import Predictor
+from cloud_server.training import predictor as predictors
+from cloud_server.training.encoders import TextEncoder
 from edge_agent.bundle import FORMAT, Component
 from edge_agent.errors import BundleError
 from export import components, text
@@ -31,12 +32,11 @@ from export.optimise import opset_of, optimise
 from export.parity import GATES, check_parity
 from export.quiet import quiet
 from export.sources import Pipeline, RouterFolder, digest_of
-from export.text import TextSource, TextTokenizer
 
 guard()
 import diffusers  # noqa: E402  the guard must come first
 
-REVISION = 1  # raise when components come out differently, so that none older is kept
+REVISION = 2  # raise when components come out differently, so that none older is kept
 STAGES = ("trace", "optimise", "compare")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 GROWTH = 2  # pictures may be this much larger a side than those the model was trained on
@@ -44,15 +44,15 @@ GROWTH = 2  # pictures may be this much larger a side than those the model was t
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to export. `clip` is the open_clip folder that the router's text encoder comes from;
+    """What to export. `text_encoder` is the folder or id of what the router reads prompts with;
 
-    without it the router reads the pipeline's own. `gates` overrides parity gates by component.
+    without it that is the pipeline's own. `gates` overrides parity gates by component.
     """
 
     pipeline: Pipeline
     router: RouterFolder
     out: Path
-    clip: Path | None = None
+    text_encoder: str | Path | None = None
     precision: str = "fp32"
     gates: Mapping[str, float] = field(default_factory=dict)
     fresh: bool = False
@@ -167,36 +167,42 @@ def _naming(what: str) -> Iterator[None]:
         ) from err
 
 
-def _texts(job: Job) -> tuple[TextSource, TextSource]:
+def _texts(job: Job) -> tuple[TextEncoder, TextEncoder]:
     """Return the text encoders of router and diffusion: one object where they agree."""
     with _naming("text_encoder"):
-        diffusion = text.from_pipeline(job.pipeline.folder)
-        router = text.from_open_clip(job.clip) if job.clip else diffusion
+        diffusion = text.open_text(job.pipeline.folder)
+        router = text.open_text(job.text_encoder) if job.text_encoder else diffusion
         if text.are_one(router, diffusion):
             router = diffusion
     if router.tower.width != job.router.width:
         raise ExportError(
             f"the router in '{job.router.folder}' reads text states of width {job.router.width}, "
-            f"but the text encoder in '{job.clip or job.pipeline.folder}' gives "
-            f"{router.tower.width}; pass --clip and --router of one training"
+            f"but the text encoder in '{job.text_encoder or job.pipeline.folder}' gives "
+            f"{router.tower.width}; pass --text-encoder and --router of one training"
         )
     probe = job.router.spec["text_probe"]
     if not text.gives(router, probe["prompt"], probe["state"]):
         raise ExportError(
             f"the router in '{job.router.folder}' was trained on another text encoder than "
-            f"'{job.clip or job.pipeline.folder}' has; pass --clip and --router of one training"
+            f"'{job.text_encoder or job.pipeline.folder}' has; pass --text-encoder and --router of one training"
         )
     return router, diffusion
 
 
-def _plan(job: Job, router_text: TextSource, diffusion_text: TextSource) -> list[_Part]:
-    folder, context = job.pipeline.folder, diffusion_text.tokenizer.context_length
+def _plan(job: Job, router_text: TextEncoder, diffusion_text: TextEncoder) -> list[_Part]:
+    folder, context = job.pipeline.folder, diffusion_text.context_length
     size = job.pipeline.latent_size
 
-    def part(name: str, metric: str, sources: Sequence[Path], load: Callable[[], Network]) -> _Part:
+    def part(
+        name: str,
+        metric: str,
+        sources: Sequence[Path],
+        load: Callable[[], Network],
+        identity: str = "",
+    ) -> _Part:
         gate = job.gates.get(name, GATES[metric])
         settings = [REVISION, str(torch.__version__), onnxruntime.__version__, job.precision, gate]
-        seal = json.dumps([digest_of(*sources), context, size, *settings])
+        seal = json.dumps([digest_of(*sources), identity, context, size, *settings])
         return _Part(name, metric, gate, hashlib.sha256(seal.encode()).hexdigest(), load)
 
     def unet() -> Network:
@@ -211,15 +217,21 @@ def _plan(job: Job, router_text: TextSource, diffusion_text: TextSource) -> list
         return components.vae_decoder(vae, size)
 
     def predictor() -> Network:
-        model = Predictor.load(job.router.folder)
-        return components.predictor(model, router_text.tokenizer.context_length)
+        model = predictors.load(job.router.folder)
+        return components.predictor(model, router_text.context_length)
 
     texts = {"text_encoder": router_text}
     if diffusion_text is not router_text:
         texts["text_encoder_diffusion"] = diffusion_text
     return [
         *(
-            part(name, "cosine", each.files, partial(components.text_encoder, each.tower))
+            part(
+                name,
+                "cosine",
+                each.files,
+                partial(components.text_encoder, each.tower, each.context_length),
+                identity=f"{each.name} {each.context_length}",
+            )
             for name, each in texts.items()
         ),
         part("predictor", "psnr_db", job.router.network_files, predictor),
@@ -230,8 +242,8 @@ def _plan(job: Job, router_text: TextSource, diffusion_text: TextSource) -> list
 
 def _manifest(
     job: Job,
-    router_text: TextSource,
-    diffusion_text: TextSource,
+    router_text: TextEncoder,
+    diffusion_text: TextEncoder,
     writer: BundleWriter,
     created_at: datetime,
 ) -> dict[str, Any]:
@@ -239,10 +251,10 @@ def _manifest(
     drawing = pipeline.drawing()
     side = pipeline.latent_size * pipeline.vae_scale
     router = {key: value for key, value in job.router.spec.items() if key != "text_probe"}
-    tokenizers = {"tokenizer": _tokenizer(writer, "tokenizer.json", router_text.tokenizer)}
+    tokenizers = {"tokenizer": _tokenizer(writer, "tokenizer.json", router_text)}
     if not shared:
         tokenizers["tokenizer_diffusion"] = _tokenizer(
-            writer, "tokenizer_diffusion.json", diffusion_text.tokenizer
+            writer, "tokenizer_diffusion.json", diffusion_text
         )
     return {
         "format": FORMAT,
@@ -266,12 +278,12 @@ def _manifest(
     }
 
 
-def _tokenizer(writer: BundleWriter, name: str, tokenizer: TextTokenizer) -> dict[str, Any]:
+def _tokenizer(writer: BundleWriter, name: str, encoder: TextEncoder) -> dict[str, Any]:
     return {
         "file": name,
-        **asdict(writer.add_file(name, tokenizer.json)),
-        "context_length": tokenizer.context_length,
-        "pad_id": tokenizer.pad_id,
+        **asdict(writer.add_file(name, encoder.json)),
+        "context_length": encoder.context_length,
+        "pad_id": encoder.tower.pad_id,
     }
 
 

@@ -26,7 +26,12 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.command("export", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--starter", type=FOLDER, help="Folder of starter models; default: those shipped.")
 @click.option("--edge-model", metavar="ID_OR_DIR", help="Diffusers pipeline the device draws with.")
-@click.option("--clip", type=FOLDER, help="open_clip folder that the router reads prompts with.")
+@click.option(
+    "--text-encoder",
+    "--clip",
+    metavar="ID_OR_DIR",
+    help="What the router reads prompts with, as for train-router; default: the pipeline's own.",
+)
 @click.option("--router", type=FOLDER, help="Folder of the trained routing network.")
 @click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
 @click.option(
@@ -42,7 +47,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 def main(
     starter: Path | None,
     edge_model: str | None,
-    clip: Path | None,
+    text_encoder: str | None,
     router: Path | None,
     precision: str,
     output: Path | None,
@@ -56,7 +61,9 @@ def main(
     kept, and an export that was stopped goes on where it was.
     """
     try:
-        path, rows = _export(starter, edge_model, clip, router, precision, output, force, silent)
+        path, rows = _export(
+            starter, edge_model, text_encoder, router, precision, output, force, silent
+        )
     except Exception as err:
         if debug:
             traceback.print_exc()
@@ -82,7 +89,7 @@ def main(
 def _export(
     starter: Path | None,
     edge_model: str | None,
-    clip: Path | None,
+    text_encoder: str | None,
     router: Path | None,
     precision: str,
     output: Path | None,
@@ -93,7 +100,9 @@ def _export(
         pipeline = open_pipeline(edge_model)
     else:
         starter = starter or _starter()
-        clip, router = clip or starter / "clip", router or starter / "router"
+        if router is None:
+            router = starter / "router"
+            text_encoder = text_encoder or str(starter / "clip")
         pipeline = (
             open_pipeline(edge_model)
             if edge_model
@@ -119,7 +128,7 @@ def _export(
                 pipeline=pipeline,
                 router=network,
                 out=output or default_path(),
-                clip=clip,
+                text_encoder=text_encoder,
                 precision=precision,
                 fresh=force,
             )

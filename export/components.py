@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.predictor import Predictor
-from export.text import OpenClipTower, TextTower
+from cloud_server.training.predictor import LinearPredictor, Predictor
+from cloud_server.training.towers import Tower
 
 guard()
 from diffusers import (  # noqa: E402  the guard must come first
@@ -63,18 +63,18 @@ class _Decoder(nn.Module):
         return self.vae.decode(latent_sample, return_dict=False)[0]
 
 
-def text_encoder(tower: TextTower | OpenClipTower) -> Network:
-    """Token ids (B, n) to hidden states (B, n, d) and the pooled state (B, d)."""
+def text_encoder(tower: Tower, longest: int) -> Network:
+    """Token ids (B, n), n up to `longest`, to hidden states (B, n, d) and pooled state (B, d)."""
     rng = torch.Generator().manual_seed(0)
 
     def prompts(batch: int, length: int) -> Tensor:
-        end = tower.vocab_size - 1
-        ids = torch.randint(end - 1, (batch, length), generator=rng)
-        # Prompts end somewhere, each in another place.
-        ids[torch.arange(batch), torch.randint(1, length, (batch,), generator=rng)] = end
+        ids = torch.randint(tower.vocab_size - 2, (batch, length), generator=rng)
+        if tower.end_id is not None:
+            # Prompts end somewhere, each in another place.
+            ends = torch.randint(1, length, (batch,), generator=rng)
+            ids[torch.arange(batch), ends] = tower.end_id
         return ids
 
-    longest = tower.context_length
     dims = {0: torch.export.Dim("batch", max=MAX_BATCH), 1: torch.export.Dim("length", max=longest)}
 
     def trace(file: Path) -> None:
@@ -85,7 +85,7 @@ def text_encoder(tower: TextTower | OpenClipTower) -> Network:
     return Network(tower, names, outputs, trace, samples)
 
 
-def predictor(model: Predictor, context_length: int) -> Network:
+def predictor(model: Predictor | LinearPredictor, context_length: int) -> Network:
     """Hidden states (B, n, d) and the mask (B, n) of prompt tokens to D (B, k)."""
     config = model.config
     rng = torch.Generator().manual_seed(0)
@@ -96,17 +96,15 @@ def predictor(model: Predictor, context_length: int) -> Network:
             row[1 : int(torch.randint(2, length, (), generator=rng))] = 1
         return torch.randn(batch, length, config.width, generator=rng), mask
 
-    least = max(config.top_k, 2)  # fewer tokens than the gates pick make another graph
     batch = torch.export.Dim("batch", max=MAX_BATCH)
-    length = torch.export.Dim("length", min=least, max=context_length)
+    length = torch.export.Dim("length", min=2, max=context_length)
     dims = ({0: batch, 1: length}, {0: batch, 1: length})
 
     def trace(file: Path) -> None:
         _trace(model, prompts(2, context_length - 1), file, names, outputs, dims)
 
     names, outputs = ("hidden", "mask"), ("d",)
-    short = max(least + 1, context_length // 2)
-    samples = [prompts(1, context_length), prompts(5, context_length), prompts(1, short)]
+    samples = [prompts(1, context_length), prompts(5, context_length), prompts(1, 2)]
     return Network(model, names, outputs, trace, samples)
 
 

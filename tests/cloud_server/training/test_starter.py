@@ -15,8 +15,7 @@ from PIL import Image
 
 from cloud_server.starter import starter_folder
 from cloud_server.torchvision_guard import guard
-from cloud_server.training import router
-from cloud_server.training.starter import autoencoder, clip, diffusion, judge, scenes
+from cloud_server.training.starter import autoencoder, clip, diffusion, judge, router, scenes
 from cloud_server.training.starter.cli import train_starter
 from edge_agent import EdgeAgent, Request, open_bundle
 
