@@ -61,7 +61,9 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.1, show_default=True
 )
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Time to train at most.")
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), help="Time to train at most."
+)
 @click.option("--steps", type=_COUNT, help="Steps of a fit at most.")
 @click.option("--device", type=Device(), default="auto", show_default=True, help=str(DEVICES))
 @click.option("--threads", type=_COUNT, help="CPU threads.  [torch's]")
@@ -102,7 +104,7 @@ def train_router_command(
                 f"the ablations are of the gated predictor, not of {predictor}; "
                 "add --predictor gated"
             )
-        source = text_encoder or _starter_encoder()
+        source = text_encoder or starter_encoder()
 
         import torch
 
@@ -114,7 +116,7 @@ def train_router_command(
 
         if threads:
             torch.set_num_threads(threads)
-        material = _material(labels, scores, edge_model, cloud_model, metrics, calibration)
+        material = open_material(labels, scores, edge_model, cloud_model, metrics, calibration)
         settings = Settings(
             predictor, hidden, low_rank, top_k, dropout, single_gate, all_tokens, single_metric
         )
@@ -132,7 +134,7 @@ def train_router_command(
         click.echo(out)
 
 
-def _material(
+def open_material(
     labels_file: Path | None,
     scores_file: Path | None,
     edge_model: str | None,
@@ -181,7 +183,7 @@ def _fresh_only(material: Material) -> Material:
     return replace(material, calibration=fresh)
 
 
-def _starter_encoder() -> Path:
+def starter_encoder() -> Path:
     try:
         return starter_folder() / "edge"
     except FileNotFoundError as error:

@@ -25,7 +25,9 @@ REQUESTS, WINDOW, DRIFT_SHARE = 2000, 500, 0.3
 
 def the_pair(truth: Truth, names: Sequence[str], seed: int) -> dict[str, Any]:
     """Return what both models score on every metric, and how often the cloud's is better."""
-    columns = zip(names, truth.weights, truth.edge.T, truth.cloud.T, strict=True)
+    columns = zip(
+        names, truth.weights, truth.edge.T, truth.cloud.T, truth.metric_gain.T, strict=True
+    )
     return {
         "metrics": [
             {
@@ -34,8 +36,9 @@ def the_pair(truth: Truth, names: Sequence[str], seed: int) -> dict[str, Any]:
                 "edge": plain(average(edge, seed)),
                 "cloud": plain(average(cloud, seed)),
                 "gap": plain(average(cloud - edge, seed)),
+                "cloud_delta_p": float(gain.mean()),
             }
-            for name, weight, edge, cloud in columns
+            for name, weight, edge, cloud, gain in columns
         ],
         "cloud_wins": plain(share(truth.cloud_wins, seed)),
         "cloud_delta_p": plain(average(truth.gain, seed)),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud_server.training.evaluation import details
-from cloud_server.training.evaluation.baselines import Known, Method
+from cloud_server.training.evaluation.baselines import Method
 from cloud_server.training.evaluation.curves import percentiles
 from cloud_server.training.evaluation.measures import (
     GRID,
@@ -76,7 +76,7 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Judge `methods`, among which one has the key "ours", and the ablations of that one."""
+    """Judge `methods`, among which one has the key "ours", and `ablations` against their first."""
     truth = Truth.of(case.labels, case.weights, plan.rows)
     judge = None if case.judge is None else case.judge[plan.rows]
     counts = resamples(len(plan.rows), seed)
@@ -90,9 +90,10 @@ def evaluate(
         found[method.key] = [point.measure(run) for run in scores.ranks]
         resampled[method.key] = mean([again.measure(run) for run in scores.ranks])
     ours = trained[OURS]
-    rows = [
-        _row(m, trained[m.key], found, resampled, point, len(plan.rows))
-        for m in (*methods, *ablations)
+    n = len(plan.rows)
+    rows = [_row(m, OURS, trained[m.key], found, resampled, point, n) for m in methods]
+    ablated = [
+        _row(m, ablations[0].key, trained[m.key], found, resampled, point, n) for m in ablations
     ]
     predicted = 1.0 - ours.raw.mean(0)
     sent = ours.ranks[0] > 0.5
@@ -113,8 +114,8 @@ def evaluate(
             "reliability": reliability(case.labels, case.weights, plan.rows),
             **details.the_pair(truth, names, seed),
         },
-        "methods": rows[: len(methods)],
-        "ablations": rows[len(methods) :],
+        "methods": rows,
+        "ablations": ablated,
         "oracles": _oracles(case, plan, truth, judge, counts),
         "grid": list(GRID),
         "band": _band(again, ours.ranks),
@@ -151,16 +152,17 @@ def train(method: Method, plan: Plan) -> Trained:
 
 def _row(
     method: Method,
+    against: str,
     scores: Trained,
     found: dict[str, list[Numbers]],
     resampled: dict[str, Numbers],
     point: Bench,
     n: int,
 ) -> Report:
-    """Return all that is said of one method, with what ours has more."""
+    """Return all that is said of one method, with what the one with the key `against` has more."""
     key = method.key
-    more = difference(mean(found[OURS]), mean(found[key]))
-    again = difference(resampled[OURS], resampled[key])
+    more = difference(mean(found[against]), mean(found[key]))
+    again = difference(resampled[against], resampled[key])
     compared = [k for k in COMPARED if k in more]
     return {
         "key": key,
@@ -222,8 +224,3 @@ def _band(bench: Bench, ranks: Floats) -> Report:
         low.append(float(a))
         high.append(float(b))
     return {"low": low, "high": high}
-
-
-def random_routing(n: int) -> Known:
-    """Return random routing of n prompts, analytically: equal scores are sent in equal parts."""
-    return Known("random", "random", np.zeros(n))

@@ -75,7 +75,9 @@ def cost_quality(report: Report, view: str, label: str, factor: float) -> Figure
         return [factor * y for y in row["curves"][view]]
 
     oracles = [values(row) for row in report["oracles"]]
-    if len(oracles) == 2:
+    if view == "judge":
+        axes.plot(share, oracles[0], color=QUIET, lw=1, label="by the labels themselves")
+    elif len(oracles) == 2:
         axes.fill_between(
             share,
             oracles[0],
@@ -147,7 +149,7 @@ def by_metric(report: Report) -> Figure:
                 [100 * found["mean"]], [at], marker, color=colour, ms=5.5,
                 label=rows[key]["name"] if y == 0 else None,
             )  # fmt: skip
-    cloud = [100 if m["gap"]["mean"] > 0 else -100 for m in report["pair"]["metrics"]]
+    cloud = [100 * metric["cloud_delta_p"] for metric in report["pair"]["metrics"]]
     ats = range(len(names) - 1, -1, -1)
     axes.plot(cloud, ats, "|", color=INK, ms=15, mew=1.6, ls="", label="always-cloud")
     axes.axvline(0, color=INK, lw=1)

@@ -60,7 +60,7 @@ class Bench:
         for p in TARGETS:
             calls, random = gain.first(p / 100), self._random.first(p / 100)
             found[f"calls_{p}"] = calls
-            found[f"saved_{p}"] = np.where(np.isfinite(random), 1 - calls / random, np.nan)
+            found[f"saved_{p}"] = _saved(calls, random)
         found |= self._choices(ranking)
         by_metric = {name: ranking.curve(values).at(0.5) for name, values in self._metrics.items()}
         found |= {f"metric_50 {name}": values for name, values in by_metric.items()}
@@ -104,6 +104,13 @@ class Bench:
 
 def _area(view: str, curve: Curve) -> Numbers:
     return {f"{view}apgr": curve.apgr(), f"{view}gain_area": curve.gain_area()}
+
+
+def _saved(calls: Floats, random: Floats) -> Floats:
+    """Return 1 - calls / random; 1 where random never gets there, and 0 where neither does."""
+    with np.errstate(invalid="ignore"):
+        saved = 1 - calls / random
+    return np.where(np.isfinite(random), saved, np.isfinite(calls))
 
 
 def _ratio(a: Floats, b: Floats) -> Floats:

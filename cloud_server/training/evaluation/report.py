@@ -58,6 +58,7 @@ def page(report: Report, pictures: Mapping[int, tuple[Path | None, Path | None]]
     )
     environment.filters["number"] = number
     environment.filters["said"] = interval
+    environment.filters["counted"] = counted
     environment.filters["signed"] = signed
     drawn = {name: Markup(svg) for name, svg in figures(report).items()}
     return environment.get_template("report.html.j2").render(
@@ -70,6 +71,11 @@ def page(report: Report, pictures: Mapping[int, tuple[Path | None, Path | None]]
         judged=JUDGED,
         pictures={row: tuple(map(_embedded, pair)) for row, pair in pictures.items()},
     )
+
+
+def counted(number: int, what: str) -> str:
+    """Return "1 picture" or "2 pictures"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _rank(row: Report) -> float:

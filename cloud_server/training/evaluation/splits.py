@@ -80,5 +80,6 @@ def held_out(prompts: Sequence[str], judged: int, seeds: int, seed: int) -> Plan
     rows = np.flatnonzero(np.isin(alike, order[sizes <= judged]))
     training = np.setdiff1d(np.arange(len(prompts)), rows)
     runs = tuple((Fold(training, rows, seed + i),) for i in range(seeds))
-    text = f"{len(rows)} held-out prompts, {len(training)} to learn from, {seeds} training seed(s)"
+    again = f", {seeds} training seeds" if seeds > 1 else ""
+    text = f"{len(rows)} held-out prompts, {len(training)} to learn from{again}"
     return Plan(runs, rows, text)

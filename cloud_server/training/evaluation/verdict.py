@@ -17,7 +17,10 @@ def verdict(report: Report) -> Report:
     best = max(others, key=lambda row: row["numbers"]["delta_p_50"]["mean"])
     return {
         "best": best["key"],
-        "sentences": [_quality(report, methods["ours"], best), _calls(methods["ours"], best)],
+        "sentences": [
+            _quality(report, methods["ours"], best),
+            _calls(report, methods["ours"], best),
+        ],
     }
 
 
@@ -41,26 +44,36 @@ def _quality(report: Report, ours: Report, best: Report) -> str:
     return (
         f"With half of the prompts sent to the cloud, our router reaches ΔP {percent(reached)}, "
         f"{by_chance} and {compared} the best of the other ways, {best['name']} "
-        f"(difference {points_of(more)}); sending every prompt scores {everything:.0f} % "
+        f"(difference {points_of(more)}); sending every prompt scores {everything:.0f}\N{NO-BREAK SPACE}% "
         f"(ours more: {points_of(ours['numbers']['over_cloud_50'])})."
     )
 
 
-def _calls(ours: Report, best: Report) -> str:
-    saved, theirs = ours["numbers"]["saved_50"], best["numbers"]["saved_50"]
-    if saved is None or saved["mean"] is None:
-        return (
-            "ΔP 50 % is not reached by both our router and random routing, so no saving of cloud "
-            f"calls can be named; over all budgets its APGR is {decimal(ours['numbers']['apgr'])}, "
-            f"where random is 0.5 and the other {decimal(best['numbers']['apgr'])}."
-        )
-    known = theirs is not None and theirs["mean"] is not None
-    beside = f" (the other: {percent(theirs)})" if known else ""
-    return (
-        f"For ΔP 50 % it needs {percent(saved)} fewer cloud calls than random routing{beside}; "
-        f"over all budgets its APGR is {decimal(ours['numbers']['apgr'])}, where random is 0.5 and "
-        f"the other {decimal(best['numbers']['apgr'])}."
+def _calls(report: Report, ours: Report, best: Report) -> str:
+    numbers = ours["numbers"]
+    overall = (
+        f"over all budgets its APGR is {decimal(numbers['apgr'])}, where random is 0.5 and the "
+        f"other {decimal(best['numbers']['apgr'])}."
     )
+    if reached_never(numbers["calls_50"]):
+        return f"ΔP 50 % is never reached, however many prompts are sent; {overall}"
+    others = best["numbers"]["calls_50"]
+    beside = "never" if reached_never(others) else percent(others)
+    needed = (
+        f"For ΔP 50 % it sends {percent(numbers['calls_50'])} of the prompts (the other: {beside})"
+    )
+    random = next(row for row in report["methods"] if row["key"] == "random")
+    if reached_never(random["numbers"]["calls_50"]):
+        return f"{needed}, which random routing never reaches; {overall}"
+    return (
+        f"{needed} and saves {percent(numbers['saved_50'])} of the calls of random routing; "
+        f"{overall}"
+    )
+
+
+def reached_never(estimate: Report | None) -> bool:
+    """Return whether a share of calls is "never"."""
+    return bool(estimate and estimate.get("never"))
 
 
 def ours_against(report: Report, key: str, number: str) -> Report:
@@ -87,7 +100,7 @@ def interval(estimate: Report | None, factor: float, digits: int, sign: bool = F
 def percent(estimate: Report | None) -> str:
     """Return a share with its interval, in %."""
     mean, space, ends = interval(estimate, 100, 1).partition(" ")
-    return f"{mean} %{space}{ends}"
+    return f"{mean}\N{NO-BREAK SPACE}%{space}{ends}"
 
 
 def points_of(estimate: Report | None) -> str:
