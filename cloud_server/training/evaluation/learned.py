@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from edge_agent.routing.pareto import prs
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
-ABLATIONS: Final[Sequence[tuple[str, str, dict[str, bool]]]] = (
+ABLATIONS: Final[Sequence[tuple[str, str, dict[str, Any]]]] = (
     ("gated", "the gated network", {}),
     ("no_metrics", "without multi-metric (one head, on PRS)", {"single_metric": True}),
     ("no_selection", "without token selection", {"all_tokens": True}),

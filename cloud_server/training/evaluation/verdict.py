@@ -26,7 +26,7 @@ def verdict(report: Report) -> Report:
 
 def _quality(report: Report, ours: Report, best: Report) -> str:
     reached = ours["numbers"]["delta_p_50"]
-    everything = 100 * report["pair"]["cloud_delta_p"]["mean"]
+    everything = f"{100 * report['pair']['cloud_delta_p']['mean']:.0f}\N{NO-BREAK SPACE}%"
     more = best["ours_more"]["delta_p_50"]
     points = 100 * more["mean"]
     if more["low"] > 0:
@@ -44,7 +44,7 @@ def _quality(report: Report, ours: Report, best: Report) -> str:
     return (
         f"With half of the prompts sent to the cloud, our router reaches ΔP {percent(reached)}, "
         f"{by_chance} and {compared} the best of the other ways, {best['name']} "
-        f"(difference {points_of(more)}); sending every prompt scores {everything:.0f}\N{NO-BREAK SPACE}% "
+        f"(difference {points_of(more)}); sending every prompt scores {everything} "
         f"(ours more: {points_of(ours['numbers']['over_cloud_50'])})."
     )
 
