@@ -61,7 +61,9 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.1, show_default=True
 )
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Time to train at most.")
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), help="Time to train at most."
+)
 @click.option("--steps", type=_COUNT, help="Steps of a fit at most.")
 @click.option("--device", type=Device(), default="auto", show_default=True, help=str(DEVICES))
 @click.option("--threads", type=_COUNT, help="CPU threads.  [torch's]")
