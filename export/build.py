@@ -184,7 +184,8 @@ def _texts(job: Job) -> tuple[TextEncoder, TextEncoder]:
     if not text.gives(router, probe["prompt"], probe["state"]):
         raise ExportError(
             f"the router in '{job.router.folder}' was trained on another text encoder than "
-            f"'{job.text_encoder or job.pipeline.folder}' has; pass --text-encoder and --router of one training"
+            f"'{job.text_encoder or job.pipeline.folder}' has; "
+            "pass --text-encoder and --router of one training"
         )
     return router, diffusion
 

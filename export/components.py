@@ -93,7 +93,7 @@ def predictor(model: Predictor | LinearPredictor, context_length: int) -> Networ
     def prompts(batch: int, length: int) -> tuple[Tensor, Tensor]:
         mask = torch.zeros(batch, length)
         for row in mask:
-            row[1 : int(torch.randint(2, length, (), generator=rng))] = 1
+            row[1 : int(torch.randint(2, length + 1, (), generator=rng))] = 1
         return torch.randn(batch, length, config.width, generator=rng), mask
 
     batch = torch.export.Dim("batch", max=MAX_BATCH)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -81,7 +82,7 @@ class TextEncoder:
             file.write_text(self.json, encoding="utf-8")
             return Tokenizer(file, self.context_length, self.tower.pad_id)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference mode would leave tensors that nothing can be trained on
     def encode(self, prompts: Sequence[str], device: str = "cpu") -> Features:
         """Run the encoder on prompts. Those of one length go together, so that none is padded."""
         tokenizer, tower = self.tokenizer, self.tower.to(device).eval()
@@ -128,7 +129,7 @@ def open_encoder(source: str | Path) -> TextEncoder:
         if not folder.is_dir() and model in open_clip.list_models():
             return _open_clip(name, model, pretrained or None, ())
         return _transformers(name, folder if folder.is_dir() else str(source))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         line = shorten(str(error), 160)
         raise ModelError(
             f"the text encoder '{source}' cannot be opened ({line}); pass a folder or id in "
@@ -169,15 +170,19 @@ def _open_clip(
     if hasattr(text, "token_embedding"):
         own = getattr(text, "pad_id", 0)
         pad = tokenizer.pad_token_id
-        return _checked(name, OpenClipTower(text, own if pad is None else int(pad)), tokenizer, files)
+        return _checked(
+            name, OpenClipTower(text, own if pad is None else int(pad)), tokenizer, files
+        )
     return _checked(name, HuggingFaceTower(text.transformer), tokenizer, files)
 
 
 def _tokenizer(source: str | Path) -> Any:
     """Read a tokenizer in a form that the device can run."""
     try:
-        if isinstance(source, Path) and not any(source.glob("*token*")) and not any(
-            source.glob("*vocab*")
+        if (
+            isinstance(source, Path)
+            and not any(source.glob("*token*"))
+            and not any(source.glob("*vocab*"))
         ):
             raise OSError("no tokenizer files")
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)

@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 LENGTH_SHARE = 0.03
 # The ridge before any label is seen, in units of the mean squared norm of a prompt: log-normal.
 PRIOR, PRIOR_SPREAD = 60.0, 0.5
-GRID = np.geomspace(1.0, 3000.0, 16)
+GRID = np.geomspace(0.03, 3000.0, 26)
 
 
 @dataclass(frozen=True, slots=True)

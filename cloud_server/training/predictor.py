@@ -140,8 +140,6 @@ def save(model: Predictor | LinearPredictor, folder: Path) -> None:
 
 def load(folder: Path) -> Predictor | LinearPredictor:
     """Read what `save` wrote, ready to predict."""
-    model = build(
-        PredictorConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
-    )
+    model = build(PredictorConfig.from_json((folder / "config.json").read_text(encoding="utf-8")))
     model.load_state_dict(load_file(folder / "predictor.safetensors"))
     return model.eval()

@@ -80,7 +80,7 @@ def learn(
     training: Rows,
     seed: int,
     *,
-    settings: Settings = Settings(),  # noqa: B008  it is frozen
+    settings: Settings = Settings(),
     work: Path,
     budget: Budget,
     device: str,

@@ -51,16 +51,16 @@ class Scores:
                 f"edge and cloud are both {edge_model}; name two of {', '.join(self.models)}"
             )
         both = self.table[:, [self.models.index(edge_model), self.models.index(cloud_model)]]
-        shared = ~np.isnan(both).all(0).any(0)  # metrics that both have
-        chosen = tuple(metrics) or tuple(m for m, s in zip(self.metrics, shared, strict=True) if s)
+        shared = np.flatnonzero(~np.isnan(both).all(0).any(0))  # metrics that both have
+        chosen = tuple(metrics) or tuple(self.metrics[i] for i in shared)
         q = both[:, :, [self.metrics.index(name) for name in chosen]]  # (N, 2, k)
-        complete = ~np.isnan(q).any((1, 2))
-        if not chosen or not complete.any():
+        complete = np.flatnonzero(~np.isnan(q).any((1, 2)))
+        if not chosen or not len(complete):
             raise DataError(
                 f"{self.file} has no prompt that {edge_model} and {cloud_model} are both rated "
                 f"on for {', '.join(chosen) or 'any metric'}; choose other models or metrics"
             )
-        prompts = tuple(p for p, whole in zip(self.prompts, complete, strict=True) if whole)
+        prompts = tuple(self.prompts[i] for i in complete)
         choice = repr((self.digest, edge_model, cloud_model, chosen))
         digest = hashlib.sha256(choice.encode()).hexdigest()[:12]
         return Labels(
@@ -102,8 +102,8 @@ def read_scores(file: Path) -> Scores:
         raise DataError(f"cannot read the scores in {file}: {error}") from error
     if not rows:
         raise DataError(f"{file} has no scores; it needs rows of {', '.join(COLUMNS)}")
-    names = [tuple(dict.fromkeys(row[i] for row in rows)) for i in range(3)]
-    prompts, models, metrics = names[0], *(tuple(sorted(each)) for each in names[1:])
+    prompts = tuple(dict.fromkeys(row[0] for row in rows))
+    models, metrics = (tuple(sorted({str(row[i]) for row in rows})) for i in (1, 2))
     at = [{name: i for i, name in enumerate(each)} for each in (prompts, models, metrics)]
     table = np.full([len(each) for each in at], np.nan)
     for *words, score in rows:

@@ -55,6 +55,8 @@ class Tokenizer:
     def __init__(self, file: Path, context_length: int, pad_id: int | None) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            # CLIP frames a prompt by start and end, BERT by [CLS] and [SEP], T5 has an end only.
+            framed = self._tokenizer.encode("a")
         except Exception as error:  # the library raises nothing narrower
             raise BundleError(
                 f"the tokenizer {file} cannot be read ({error}); {REBUILD}"
@@ -63,8 +65,6 @@ class Tokenizer:
         self._tokenizer.no_padding()
         # Someone who types "<|endoftext|>" means those characters, not the end of the prompt.
         self._tokenizer.encode_special_tokens = True
-        # CLIP frames a prompt by start and end, BERT by [CLS] and [SEP], T5 has an end only.
-        framed = self._tokenizer.encode("a")
         words = [i for i, added in enumerate(framed.special_tokens_mask) if not added]
         if not words:
             raise BundleError(f"the tokenizer {file} finds no token in a word; {REBUILD}")
@@ -86,9 +86,7 @@ class Tokenizer:
         if self.pad_id is not None:
             empty = self.context_length - len(row)
             row, mask = row + [self.pad_id] * empty, mask + [0.0] * empty
-        return Tokens(
-            np.array([row], np.int64), np.array([mask], np.float32), len(ids) - len(kept)
-        )
+        return Tokens(np.array([row], np.int64), np.array([mask], np.float32), len(ids) - len(kept))
 
 
 class TextEncoder:

@@ -44,8 +44,8 @@ class Router:
 
     def judge(self, encoded: Encoded) -> Decision:
         """Return where an encoded prompt goes; raises BundleError if the predictor is broken."""
-        words = slice(0, max(2, int(encoded.mask.any(0).nonzero()[0].max(initial=0)) + 1))
-        # Padding changes nothing, but reading it takes most of the time.
+        # What follows the last word changes nothing, but reading it takes most of the time.
+        words = slice(0, max(2, int(np.flatnonzero(encoded.mask).max(initial=0)) + 1))
         (d,) = self._predictor.run(
             {"hidden": encoded.hidden[:, words], "mask": encoded.mask[:, words]}
         )
