@@ -10,7 +10,7 @@ from cloud_server.console import DEVICES, Device, one_sentence
 from cloud_server.errors import ConfigError, DataError, ModelError
 from cloud_server.starter import starter_folder
 from cloud_server.training.labels.table import Labels, write
-from cloud_server.training.quality import ALIGNMENT_WEIGHT
+from cloud_server.training.quality import ALIGNMENT_WEIGHT, DISTRACTORS
 
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -59,6 +59,13 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     help="Weight of whether a picture shows its prompt, beside the metrics' 1 - WEIGHT; 0: off.",
 )
 @click.option(
+    "--distractors",
+    type=click.IntRange(min=0),
+    default=DISTRACTORS,
+    show_default=True,
+    help="Other prompts that alignment compares with; 0: the cosine of picture and prompt.",
+)
+@click.option(
     "--work",
     type=_FOLDER,
     help="Folder of the scores so far; a killed run resumes from it.  [default: OUT.work]",
@@ -91,6 +98,7 @@ def label_command(
     pretrained: str | None,
     metrics: Path | None,
     alignment: float,
+    distractors: int,
     work: Path | None,
     pictures: Path | None,
     batch: int,
@@ -125,7 +133,7 @@ def label_command(
         scorer = QualityScorer(
             Clip(clip or _starter("clip"), pretrained, where),
             load_metrics(metrics),
-            Alignment(alignment, tuple(prompts), seed=seed) if alignment else None,
+            Alignment(alignment, tuple(prompts), distractors, seed) if alignment else None,
         )
         first: Painter = PipelinePainter(edge or _starter("edge"), where)
         second: Painter = (

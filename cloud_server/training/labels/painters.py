@@ -5,6 +5,7 @@ Painters are light until they draw, so that every worker process can be given a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
@@ -145,14 +146,14 @@ class KeptPainter:
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """Return a picture per prompt, as its file has it."""
         asked = list(zip(prompts, seeds, strict=True))
-        found = {key: _opened(self.file(*key)) for key in asked}
-        missing = [key for key in found if found[key] is None]
+        found = {key: kept for key in asked if (kept := _opened(self.file(*key)))}
+        missing = [key for key in asked if key not in found]
         if missing:
             drawn = self._painter.draw(*zip(*missing, strict=True))
             for key, picture in zip(missing, drawn, strict=True):
                 _keep(self.file(*key), picture)
                 found[key] = picture
-        return [picture for key in asked if (picture := found[key])]
+        return [found[key] for key in asked]
 
 
 def _opened(file: Path) -> Image | None:
@@ -171,7 +172,8 @@ def _keep(file: Path, picture: Image) -> None:
         picture.save(partial, format="PNG")
         os.replace(partial, file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise DrawError(f"cannot keep the picture {file}: {error.strerror or error}") from error
 
 

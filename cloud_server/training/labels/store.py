@@ -44,7 +44,11 @@ class Store:
             raise ServerError(
                 f"another run is writing {self.file}; wait for it or choose another --work"
             ) from error
-        self._resume()
+        try:
+            self._resume()
+        except BaseException:
+            self._lines.close()
+            raise
         return self
 
     def __exit__(

@@ -6,6 +6,7 @@ seven digits; the schema's metadata say with which models, CLIP and texts it was
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -99,7 +100,8 @@ def write(labels: Labels, file: Path) -> None:
         )
         os.replace(partial, file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise DataError(f"cannot write {file}: {error.strerror or error}") from error
 
 
@@ -164,17 +166,17 @@ def read_for_training(file: Path) -> Labels:
 
 def _opened(file: Path) -> tuple[pa.Table, dict[str, Any]]:
     try:
-        table = pq.read_table(file)
+        with pq.ParquetFile(file) as opened:
+            table = opened.read()
     except (OSError, pa.ArrowException) as error:
         said = str(error).splitlines()[0]
         raise DataError(f"cannot read the labels in {file}: {said}") from error
     written = (table.schema.metadata or {}).get(_KEY)
-    try:
-        facts = json.loads(written or b"")
-    except ValueError as error:
+    facts = _parsed(written or b"")
+    if facts is None:
         raise DataError(
             f"{file} is a Parquet file but holds no labels; cloud-server label writes them"
-        ) from error
+        )
     if facts.get("format") != FORMAT:
         raise DataError(
             f"{file} has format {facts.get('format')!r} and this version reads {FORMAT}; "
@@ -183,8 +185,19 @@ def _opened(file: Path) -> tuple[pa.Table, dict[str, Any]]:
     return table, facts
 
 
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
 def _described(facts: Mapping[str, Any], file: Path) -> tuple[Metric, ...]:
     try:
-        return tuple(Metric(**entry) for entry in facts["metrics"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{file} does not describe its metrics ({error}); label again") from error
+        described = tuple(Metric(**entry) for entry in facts["metrics"])
+    except (KeyError, TypeError):
+        described = ()
+    if not described:
+        raise DataError(f"{file} does not describe its metrics; label again")
+    return described

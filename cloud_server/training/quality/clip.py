@@ -64,7 +64,7 @@ class Clip:
         """What the model is called; of a folder, its own name alone."""
         if self._folder:
             return self._folder.name
-        return f"{self.model}/{self.pretrained}" if self.pretrained else self.model
+        return f"{self.model}/{Path(self.pretrained).name}" if self.pretrained else self.model
 
     @cached_property
     def digest(self) -> str:

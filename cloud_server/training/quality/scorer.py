@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cloud_server.training.quality.alignment import ALIGNMENT, Alignment
+from cloud_server.training.quality.alignment import ALIGNMENT, SHARPNESS, Alignment
 from cloud_server.training.quality.clip import Clip
 from cloud_server.training.quality.metrics import Metric, load_metrics
 
@@ -43,8 +43,9 @@ class QualityScorer:
         self.clip, self.alignment = clip, alignment
         share = (1 - (alignment.weight if alignment else 0)) / sum(m.weight for m in looks)
         self._looks = tuple(replace(m, weight=share * m.weight) for m in looks)
-        extra = [Metric(ALIGNMENT, "{prompt}", "other prompts", alignment.weight)] * bool(alignment)
-        self.metrics = (*self._looks, *extra)
+        self.metrics = self._looks
+        if alignment:
+            self.metrics += (Metric(ALIGNMENT, "{prompt}", "other prompts", alignment.weight),)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.clip, self._looks, self.alignment)
@@ -54,15 +55,19 @@ class QualityScorer:
         """What scores, fit for JSON."""
         facts: dict[str, Any] = {"clip": self.clip.name, "digest": self.clip.digest}
         if self.alignment:
-            facts["alignment"] = {"count": self.alignment.count, "seed": self.alignment.seed}
+            facts["alignment"] = {
+                "distractors": self.alignment.count,
+                "sharpness": SHARPNESS,
+                "seed": self.alignment.seed,
+            }
         return facts
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the CLIP model and the texts; weights do not change a score."""
         texts = [(m.name, m.positive, m.negative) for m in self._looks]
-        alignment = asdict(self.alignment) | {"weight": None} if self.alignment else None
-        facts = json.dumps([self.clip.digest, texts, alignment])
+        aligned = (self.origin.get("alignment"), self.alignment and self.alignment.prompts)
+        facts = json.dumps([self.clip.digest, texts, aligned])
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @cached_property
@@ -94,12 +99,20 @@ class QualityScorer:
         return np.concatenate(scores)
 
     def _aligned(self, seen: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the alignment (B, 1) of pictures (B, d) with their prompts."""
+        """Return the alignment (B, 1) of pictures (B, d) with their prompts.
+
+        The probability that a picture is of its own prompt and not of a distractor; without these,
+        the cosine where that is above 0 (CLIPScore, Hessel et al. 2021, without its factor).
+        """
         import torch
 
         assert self.alignment is not None
+        own = (seen * self.clip.texts(prompts)).sum(1, keepdim=True)
+        if not self.alignment.count:
+            return own.clamp(min=0)
         rows = []
-        for picture, own, prompt in zip(seen, self.clip.texts(prompts), prompts, strict=True):
-            others = self._pool[self.alignment.distractors(prompt)]
-            rows.append((self.clip.scale * (own - others) @ picture).sigmoid().mean())
-        return torch.stack(rows)[:, None]
+        for picture, right, prompt in zip(seen, own, prompts, strict=True):
+            others = self._pool[self.alignment.distractors(prompt)] @ picture
+            logits = SHARPNESS * self.clip.scale * torch.cat([right, others])
+            rows.append(logits.softmax(0)[:1])
+        return torch.stack(rows)
