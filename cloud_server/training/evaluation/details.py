@@ -50,19 +50,17 @@ def the_pair(truth: Truth, names: Sequence[str], seed: int) -> dict[str, Any]:
 def by_nouns(truth: Truth, nouns: Floats, seed: int) -> list[dict[str, Any]]:
     """Return how often and by how much the cloud is better, by number of nouns (paper, Fig. 3).
 
-    Large numbers that few prompts have stand together in the last row.
+    Numbers at either end that few prompts have stand together, with the next.
     """
-    edges = [int(n) for n in np.unique(nouns)]
-    while len(edges) > 1 and (nouns >= edges[-1]).sum() < FEWEST:
-        edges.pop()
+    first, *others = numbers = np.unique(nouns).astype(int).tolist()
+    starts = [n for n in others if (nouns >= n).sum() >= FEWEST and (nouns < n).sum() >= FEWEST]
+    ends = [*(numbers[numbers.index(n) - 1] for n in starts), numbers[-1]]
     rows = []
-    for i, fewest in enumerate(edges):
-        last = i == len(edges) - 1
-        mine = nouns >= fewest if last else nouns == fewest
+    for low, high in zip([first, *starts], ends, strict=True):
+        mine = (nouns >= low) & (nouns <= high)
         rows.append(
             {
-                "nouns": fewest,
-                "or_more": bool(last and nouns.max() > fewest),
+                "nouns": str(low) if low == high else f"{low}\N{EN DASH}{high}",
                 "prompts": int(mine.sum()),
                 "cloud_wins": plain(share(truth.cloud_wins[mine], seed)),
                 "gain": plain(average(truth.gain[mine], seed)),

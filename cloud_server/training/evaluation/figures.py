@@ -181,8 +181,7 @@ def nouns(report: Report) -> Figure:
     ):
         axes.axhline(neutral, color=QUIET, lw=1.2, ls=(0, (5, 3)))
         _points(axes, x, [row[key] for row in rows], 100)
-        labels = [f"{row['nouns']}{'+' if row['or_more'] else ''}" for row in rows]
-        axes.set_xticks(x, labels)
+        axes.set_xticks(x, [row["nouns"] for row in rows])
         axes.set(xlabel=f"{what} in the prompt", ylabel=label)
         axes.margins(x=0.08)
     return figure

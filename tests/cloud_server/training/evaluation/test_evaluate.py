@@ -123,6 +123,15 @@ def test_more_nouns_more_cloud(report, world):
     assert rows[0]["cloud_wins"]["high"] < rows[-1]["cloud_wins"]["low"]
 
 
+def test_rare_numbers_of_nouns_stand_together(world):
+    truth = Truth.of(world.labels, world.weights, np.arange(240))
+    nouns = np.repeat([0, 1, 2, 3, 7, 9], [2, 11, 100, 110, 12, 5])
+    rows = details.by_nouns(truth, nouns, 0)
+    said = [(row["nouns"].replace("\N{EN DASH}", "-"), row["prompts"]) for row in rows]
+    assert said == [("0-1", 13), ("2", 100), ("3", 110), ("7-9", 17)]
+    assert len(details.by_nouns(truth, np.full(240, 4), 0)) == 1
+
+
 def test_the_worst_regret_is_the_most_that_was_given_away(report):
     lost = [one["lost"] for one in report["regrets"]]
     assert lost == sorted(lost, reverse=True)
