@@ -19,6 +19,7 @@ Rows = NDArray[np.int64]
 
 ASKED: Final = (0.1, 0.3, 0.5, 0.8)
 BINS: Final = 10
+RESAMPLED: Final = 500  # of thresholds
 FEWEST: Final = 10  # prompts a point of a figure stands for
 REQUESTS, WINDOW, DRIFT_SHARE = 2000, 500, 0.3
 
@@ -114,36 +115,37 @@ def shares(scores: Floats, seed: int) -> list[dict[str, Any]]:
     draw better; `got` goes by the quantile alone.
     """
     rng = np.random.default_rng(seed)
-    halves = np.array_split(rng.permutation(len(scores)), 2)
-    rows = []
-    for asked in ASKED:
-        found: dict[str, Any] = {"asked": asked}
-        for name, cap in (("got", False), ("capped", True)):
-            mean = np.mean([_sent(scores[a], scores[b], asked, cap) for a, b in _turns(halves)])
-            again = [
-                np.mean(
-                    [
-                        _sent(
-                            rng.choice(scores[a], len(a)), rng.choice(scores[b], len(b)), asked, cap
-                        )
-                        for a, b in _turns(halves)
-                    ]
-                )
-                for _ in range(500)
+    one, other = np.array_split(scores[rng.permutation(len(scores))], 2)
+
+    def both(known: Floats, coming: Floats) -> Floats:
+        return (_sent(known, coming) + _sent(coming, known)) / 2
+
+    found = both(one, other)
+    again = np.stack(
+        [both(rng.choice(one, len(one)), rng.choice(other, len(other))) for _ in range(RESAMPLED)]
+    )
+    return [
+        {"asked": asked}
+        | {
+            name: plain(percentile(float(found[i, j]), again[:, i, j], len(scores)))
+            for j, name in enumerate(("got", "capped"))
+        }
+        for i, asked in enumerate(ASKED)
+    ]
+
+
+def _sent(calibration: Floats, scores: Floats) -> Floats:
+    """Return the share of `scores` sent by the digest of others: (asked, without and with cap)."""
+    digest = np.array(score_digest(calibration))
+    return np.array(
+        [
+            [
+                np.mean(_uncapped(scores, cap) > threshold(_uncapped(digest, cap).tolist(), asked))
+                for cap in (False, True)
             ]
-            found[name] = plain(percentile(float(mean), np.array(again), len(scores)))
-        rows.append(found)
-    return rows
-
-
-def _turns(halves: Sequence[Rows]) -> list[tuple[Rows, Rows]]:
-    return [(halves[0], halves[1]), (halves[1], halves[0])]
-
-
-def _sent(calibration: Floats, scores: Floats, asked: float, cap: bool) -> float:
-    """Return the share of `scores` above the threshold that `calibration` gives."""
-    digest = score_digest(_uncapped(calibration, cap))
-    return float(np.mean(_uncapped(scores, cap) > threshold(digest, asked)))
+            for asked in ASKED
+        ]
+    )
 
 
 def _uncapped(scores: Floats, cap: bool) -> Floats:

@@ -22,6 +22,7 @@ from cloud_server.training.evaluation.measures import (
     GRID,
     Bench,
     Numbers,
+    Resampled,
     difference,
     estimates,
     mean,
@@ -81,7 +82,8 @@ def evaluate(
     judge = None if case.judge is None else case.judge[plan.rows]
     counts = resamples(len(plan.rows), seed)
     names = case.labels.metrics
-    point, again = (Bench(truth, names, c, judge) for c in (None, counts))
+    point = Bench(truth, names, None, judge)
+    again = Resampled(truth, names, counts, judge)
 
     trained, found, resampled = {}, {}, {}
     for method in (*methods, *ablations):
@@ -194,7 +196,7 @@ def _oracles(
             one = Bench(scored, names, None, judge)
             found.append(one.measure(chooser.gain))
             curves.append(one.curves(chooser.gain))
-            again.append(Bench(scored, names, counts, judge).measure(chooser.gain))
+            again.append(Resampled(scored, names, counts, judge).measure(chooser.gain))
         if pairs:
             numbers = estimates(mean(found), mean(again), n)
             rows.append(
@@ -214,13 +216,8 @@ def _average_curves(curves: Sequence[dict[str, list[float]]]) -> dict[str, list[
     }
 
 
-def _band(bench: Bench, ranks: Floats) -> Report:
+def _band(bench: Resampled, ranks: Floats) -> Report:
     """Return the interval of our curve of Delta P at `GRID`."""
-    curves = [bench.gain_curve(run) for run in ranks]
-    low, high = [], []
-    for share in GRID:
-        values = np.mean([curve.at(share) for curve in curves], axis=0)
-        a, b = np.percentile(values, (2.5, 97.5))
-        low.append(float(a))
-        high.append(float(b))
-    return {"low": low, "high": high}
+    gains = np.mean([bench.gains(run) for run in ranks], axis=0)
+    low, high = np.percentile(gains, (2.5, 97.5), axis=1)
+    return {"low": low.tolist(), "high": high.tolist()}

@@ -18,7 +18,28 @@ Numbers = dict[str, Floats]
 SHARES: Final = (10, 25, 40, 50, 80)  # % of prompts sent to the cloud
 TARGETS: Final = (40, 50, 60)  # % of Delta P, as in the paper's table of savings
 RECOVERED: Final = (20, 50, 80, 95)  # % of the gap between the models, as RouteLLM's CPT
+TOGETHER: Final = 100  # resamples
 GRID: Final = tuple(i / 40 for i in range(41))  # shares at which curves are drawn
+
+
+class Resampled:
+    """As `Bench`, on many resamples (B, N), some at a time: what fits a cache is done sooner."""
+
+    def __init__(
+        self, truth: Truth, names: Sequence[str], counts: Floats, judge: Floats | None = None
+    ) -> None:
+        parts = np.array_split(counts, max(1, len(counts) // TOGETHER))
+        self._benches = [Bench(truth, names, part, judge) for part in parts]
+
+    def measure(self, scores: Floats) -> Numbers:
+        """Return every number (B,) of routing by scores (N,)."""
+        parts = [bench.measure(scores) for bench in self._benches]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def gains(self, scores: Floats) -> Floats:
+        """Return the curve of Delta P at `GRID`, (grid, B)."""
+        curves = [bench.gain_curve(scores) for bench in self._benches]
+        return np.stack([np.concatenate([c.at(share) for c in curves]) for share in GRID])
 
 
 class Bench:

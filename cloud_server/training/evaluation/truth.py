@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -15,7 +16,7 @@ Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Truth:
     """Qualities `edge` and `cloud` (N, k), averaged over seeds, metric weights (k,) of sum 1.
 
@@ -53,7 +54,7 @@ class Truth:
         """What the cloud's picture adds to the weighted mean of the qualities, (N,)."""
         return (self.cloud - self.edge) @ self.weights
 
-    @property
+    @cached_property
     def prs(self) -> Floats:
         """The true PRS (N,), with Gamma of these prompts."""
         means = self.edge.mean(0), self.cloud.mean(0)
