@@ -138,18 +138,27 @@ def evaluate(
 
 
 def train(method: Method, plan: Plan) -> Trained:
-    """Train a method in every run of a plan; what needs no training is asked once."""
-    raw, ranks = [], []
-    for run in plan.runs:
-        raw.append(np.empty(len(plan.rows)))
-        ranks.append(np.empty(len(plan.rows)))
+    """Train a method in every run of a plan; what needs no training is asked once.
+
+    A prompt that is left out pulls the mean of the others away from itself, and with it what is
+    predicted of it. So raw scores of several folds stand by their distance from the mean score of
+    the fold's training prompts, plus the mean of those.
+    """
+    if not method.learns:
+        fold = plan.runs[0][0]
+        known = method.fit(fold.training, fold.seed)[plan.rows][None]
+        return Trained(known, known)
+    raw, ranks = np.empty((2, len(plan.runs), len(plan.rows)))
+    for r, run in enumerate(plan.runs):
+        means = []
         for fold in run:
-            scores = method.fit(fold.training, fold.seed)[fold.judged]
+            scores = method.fit(fold.training, fold.seed)
             at = np.searchsorted(plan.rows, fold.judged)
-            raw[-1][at], ranks[-1][at] = scores, percentiles(scores)
-        if not method.learns:
-            return Trained(np.stack(raw), np.stack(raw))
-    return Trained(np.stack(raw), np.stack(ranks))
+            means.append(scores[fold.training].mean())
+            raw[r, at] = scores[fold.judged] - means[-1]
+            ranks[r, at] = percentiles(scores[fold.judged])
+        raw[r] += np.mean(means)
+    return Trained(raw, ranks)
 
 
 def _row(

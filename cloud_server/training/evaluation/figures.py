@@ -192,12 +192,12 @@ def reliability(report: Report) -> Figure:
     figure, (axes,) = _axes(4.9, 3.6)
     bins = report["reliability"]["bins"]
     predicted = [one["predicted"] for one in bins]
-    ends = [*predicted, *(one["true"][end] for one in bins for end in ("low", "high"))]
-    low, high = min(ends), max(ends)
+    low, high = min(predicted), max(predicted)
     axes.plot([low, high], [low, high], color=QUIET, ls=(0, (5, 3)), lw=1.2, label="as predicted")
     _points(axes, predicted, [one["true"] for one in bins], 1)
     axes.set(xlabel="predicted PRS (tenths of the prompts)", ylabel="mean true PRS")
-    axes.legend(loc="upper left", fontsize=9)
+    axes.margins(y=0.15)
+    axes.legend(loc="best", fontsize=9)
     return figure
 
 

@@ -34,6 +34,19 @@ class Noisy:
         return 0.5 + 0.1 * (self.signal + self.noise * rng.normal(size=len(self.signal)))
 
 
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """A router that learns nothing but the mean of its training prompts."""
+
+    signal: np.ndarray
+    key: str = "ours"
+    name: str = "ours"
+    learns: bool = True
+
+    def fit(self, rows, seed):
+        return np.full(len(self.signal), self.signal[rows].mean())
+
+
 def methods(world, ours_noise=0.3, other_noise=3.0):
     n = len(world.signal)
     return [
@@ -147,6 +160,8 @@ def test_cross_validation_judges_every_prompt_in_percentiles_of_its_fold(world):
     for run, ranks in zip(plan.runs, trained.ranks, strict=True):
         for fold in run:
             assert ranks[fold.judged].mean() == pytest.approx(0.5)
+    unlearnt = train(Mean(world.signal), plan).raw
+    np.testing.assert_allclose(unlearnt, unlearnt[:, :1].repeat(240, 1), atol=1e-12)
     found = evaluate(case(world, judge=False), plan, methods(world))
     assert by_key(found)["ours"]["numbers"]["apgr"]["low"] > 0.5
     assert "judge_apgr" not in by_key(found)["ours"]["numbers"]
