@@ -18,7 +18,7 @@ from tests.made_up import METRICS, make_world
 from tests.tiny import make_pipeline, make_router
 
 JUDGE = Path(__file__).parents[4] / "models" / "judge"
-TABLE = Path("/work/shared/data/quality/tifa160.csv")
+TABLE = Path(__file__).parents[5] / "shared" / "data" / "quality" / "tifa160.csv"
 DIGESTS = {"edge": "e" * 64, "cloud": "c" * 64}
 
 

@@ -95,7 +95,7 @@ def test_random_is_a_half_and_the_better_router_wins(report):
 
 def test_oracles_hold_what_is_possible_between_them(report, world):
     naive, split = report["oracles"]
-    rows = np.flatnonzero(np.isin(world.labels.prompts, world.labels.prompts))
+    rows = np.arange(240)
     assert naive["numbers"]["efficiency"]["mean"] == pytest.approx(1)
     assert split["numbers"]["apgr"]["mean"] < naive["numbers"]["apgr"]["mean"]
     perfect = Ranking(world.signal).curve(Truth.of(world.labels, world.weights, rows).gain)
