@@ -18,6 +18,10 @@ from cloud_server.errors import ModelError
 
 # Training imports torch; each command is found when it is called for, its summary stands here.
 _LAZY = {
+    "evaluate-router": (
+        "cloud_server.training.evaluation.cli:evaluate_router_command",
+        "Measure a router beside simpler ways to choose.",
+    ),
     "evaluate-starter": (
         "cloud_server.training.starter.cli:evaluate_starter",
         "Measure the starter models on fresh scenes.",

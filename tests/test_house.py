@@ -19,8 +19,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("edge_agent", "cloud_server", "export", "protos")
 CLOUD_ONLY = {
-    "accelerate", "cloud_server", "demo", "diffusers", "export", "onnx", "open_clip", "optimum",
-    "safetensors", "torch", "torchvision", "transformers",
+    "accelerate", "cloud_server", "demo", "diffusers", "export", "jinja2", "matplotlib", "onnx",
+    "open_clip", "optimum", "safetensors", "sklearn", "textblob", "torch", "torchvision",
+    "transformers",
 }  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -104,7 +104,7 @@ def train_router_command(
                 f"the ablations are of the gated predictor, not of {predictor}; "
                 "add --predictor gated"
             )
-        source = text_encoder or _starter_encoder()
+        source = text_encoder or starter_encoder()
 
         import torch
 
@@ -116,7 +116,7 @@ def train_router_command(
 
         if threads:
             torch.set_num_threads(threads)
-        material = _material(labels, scores, edge_model, cloud_model, metrics, calibration)
+        material = open_material(labels, scores, edge_model, cloud_model, metrics, calibration)
         settings = Settings(
             predictor, hidden, low_rank, top_k, dropout, single_gate, all_tokens, single_metric
         )
@@ -134,7 +134,7 @@ def train_router_command(
         click.echo(out)
 
 
-def _material(
+def open_material(
     labels_file: Path | None,
     scores_file: Path | None,
     edge_model: str | None,
@@ -183,7 +183,8 @@ def _fresh_only(material: Material) -> Material:
     return replace(material, calibration=fresh)
 
 
-def _starter_encoder() -> Path:
+def starter_encoder() -> Path:
+    """Return the folder whose text encoder reads prompts where none is named; raises ModelError."""
     try:
         return starter_folder() / "edge"
     except FileNotFoundError as error:

@@ -25,6 +25,14 @@ from tqdm import tqdm
 from cloud_server.errors import ModelError
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.digest import folder_digest
+from cloud_server.training.intervals import (
+    Estimate,
+    auroc,
+    average,
+    difference,
+    rank_correlation,
+    share,
+)
 from cloud_server.training.labels import Labels, PipelinePainter
 from cloud_server.training.quality import (
     ALIGNMENT,
@@ -36,14 +44,6 @@ from cloud_server.training.quality import (
 from cloud_server.training.router import distances
 from cloud_server.training.starter.autoencoder import to_tensor
 from cloud_server.training.starter.degradations import degrade
-from cloud_server.training.starter.intervals import (
-    Estimate,
-    auroc,
-    average,
-    difference,
-    rank_correlation,
-    share,
-)
 from cloud_server.training.starter.judge import Judge
 from cloud_server.training.starter.reading import MEASURES, shares
 from cloud_server.training.starter.scenes import (
