@@ -142,6 +142,10 @@ def open_material(
     metrics: tuple[str, ...],
     calibration: Path | None,
 ) -> Material:
+    """Read what is to be learnt from: labels, or two models of a table of scores.
+
+    Raises ConfigError unless exactly one of the two is named, and DataError for bad files.
+    """
     from cloud_server.training.labels import read_for_training, read_prompts
     from cloud_server.training.router_folder import Material
 

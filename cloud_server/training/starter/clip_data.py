@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import CLIPTokenizer
 
+from cloud_server.torchvision_guard import guard
 from cloud_server.training.quality import load_metrics
 from cloud_server.training.starter.degradations import degrade
 from cloud_server.training.starter.scenes import (
@@ -27,6 +27,9 @@ from cloud_server.training.starter.scenes import (
     turned_round,
 )
 from cloud_server.training.starter.tokenizer import encode
+
+guard()
+from transformers import CLIPTokenizer  # noqa: E402  the guard must come first
 
 METRICS = load_metrics()
 HARD_TO_SEE = {"Integrity": 3.0}  # how much more often than others a metric is spoiled

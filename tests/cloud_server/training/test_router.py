@@ -72,7 +72,7 @@ def test_it_learns_what_a_word_does_to_quality(tmp_path, predictor):
     features, labels, costly = a_world_of_words()
     learned = learn(
         features, labels, labels.weights, np.arange(90), 0,
-        settings=Settings(predictor), work=tmp_path, budget=STEPS, device="cpu",
+        settings=Settings(predictor), work=tmp_path, budget=Budget(steps=250), device="cpu",
     )  # fmt: skip
     assert learned.model.config.kind == predictor
     assert learned.d.shape == learned.predict(features).shape == (120, 2)
