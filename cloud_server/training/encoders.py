@@ -41,14 +41,14 @@ CLIP_TYPES = ("clip", "clip_text_model")
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Frozen hidden states (N, n, d) and masks (N, n), 1 on the tokens of the prompt itself."""
+    """Frozen hidden states (N, n, d) and masks (N, n), 1 on each prompt's tokens and their end."""
 
     hidden: Tensor
     mask: Tensor
 
     @property
     def pooled(self) -> Tensor:
-        """The mean state (N, d) of the tokens of each prompt."""
+        """The mean state of the tokens of each prompt beside that of the last, (N, 2d)."""
         return pooled(self.hidden, self.mask)[:, :-1]
 
     def at(self, rows: NDArray[Any]) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ class TextEncoder:
         by_length: dict[int, list[int]] = defaultdict(list)
         for row, each in enumerate(tokens):
             by_length[each.input_ids.shape[1]].append(row)
-        # Behind the last word of all prompts there is nothing that a predictor reads.
+        # Behind the end of all prompts there is nothing that a predictor reads.
         longest = max((int(t.mask.nonzero()[1].max(initial=0)) + 1 for t in tokens), default=1)
         hidden = torch.zeros(len(tokens), longest, tower.width)
         mask = torch.zeros(len(tokens), longest)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-# Of the variance between prompts, what the log of their length may explain beside their mean state.
-LENGTH_SHARE = 0.03
+# Of the variance between prompts, what the state at their end and the log of their length may
+# explain beside their mean state.
+END_SHARE, LENGTH_SHARE = 0.3, 0.03
 # The ridge before any label is seen, in units of the mean squared norm of a prompt: log-normal.
 PRIOR, PRIOR_SPREAD = 60.0, 0.5
 GRID = np.geomspace(0.03, 3000.0, 26)
@@ -31,7 +32,7 @@ class Fit:
 
 
 def fit_columns(features: Floats, columns: Floats) -> Fit:
-    """Fit columns (N, m), NaN where nobody rated, by features (N, p): mean state, then length.
+    """Fit columns (N, m), NaN where nobody rated, by what `predictor.pooled` gives (N, p).
 
     Features of prompts that differ in nothing get weight 0.
     """
@@ -71,10 +72,17 @@ def ridge_by_evidence(strengths: Floats, along: Floats, energy: float, count: in
 
 
 def _scale(features: Floats) -> Floats:
-    """Return factors (p,) that give the mean states together variance 1, the length its share."""
+    """Return factors (p,) that give the mean states together variance 1, the rest its shares."""
     variances = features.var(0)
-    state = np.full(len(variances) - 1, _inverse_root(variances[:-1].sum()))
-    return np.append(state, _inverse_root(variances[-1] / LENGTH_SHARE))
+    width = len(variances) // 2
+    parts = (
+        (variances[:width], 1.0),
+        (variances[width:-1], END_SHARE),
+        (variances[-1:], LENGTH_SHARE),
+    )
+    return np.concatenate(
+        [np.full(len(part), _inverse_root(part.sum() / share)) for part, share in parts]
+    )
 
 
 def _inverse_root(variance: float) -> float:

@@ -2,8 +2,9 @@
 
 `Predictor` is RouteT2I's dual-gate token-selection mixture of experts (section 5.1).
 `LinearPredictor` is what a few hundred prompts can support. Both map the frozen encoder's states
-(B, n, d) and a mask (B, n), 1 on the prompt's own tokens, to D (B, k) in (0, 1), the normalised
-quality distances between the edge's picture and the cloud's; the device cannot tell them apart.
+(B, n, d) and a mask (B, n), 1 on the prompt's tokens and their end, to D (B, k) in (0, 1), the
+normalised quality distances between the edge's picture and the cloud's; the device cannot tell them
+apart.
 """
 
 from __future__ import annotations
@@ -107,12 +108,12 @@ class Predictor(nn.Module):
 
 
 class LinearPredictor(nn.Module):
-    """A weighted sum of the mean state of the prompt's tokens and of how many they are."""
+    """A weighted sum of the tokens' mean state, of the last one's, and of how many they are."""
 
     def __init__(self, config: PredictorConfig) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.zeros(config.experts, config.width + 1))
+        self.weight = nn.Parameter(torch.zeros(config.experts, 2 * config.width + 1))
         self.bias = nn.Parameter(torch.zeros(config.experts))
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -120,9 +121,11 @@ class LinearPredictor(nn.Module):
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return (B, d + 1): the mean state of the prompt's tokens, and the log of their number."""
+    """Return (B, 2d + 1): the tokens' mean state, the last one's, and the log of their number."""
     count = mask.sum(1, keepdim=True).clamp_min(1.0)
-    return torch.cat([(mask[:, None] @ hidden)[:, 0] / count, count.log()], 1)
+    last = mask * (mask.cumsum(1) == count)
+    mean, end = (mask[:, None] @ hidden)[:, 0] / count, (last[:, None] @ hidden)[:, 0]
+    return torch.cat([mean, end, count.log()], 1)
 
 
 def build(config: PredictorConfig) -> Predictor | LinearPredictor:

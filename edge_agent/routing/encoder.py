@@ -24,8 +24,9 @@ class Session(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """`input_ids` (1, n) int64 and `mask` (1, n) float32, 1 on the tokens of the prompt itself.
+    """`input_ids` (1, n) int64 and `mask` (1, n) float32, 1 on the prompt's tokens and their end.
 
+    The end token, where the encoder has one, sums the prompt up in an encoder that reads forward.
     `dropped` counts the prompt's tokens that did not fit into the context.
     """
 
@@ -80,7 +81,8 @@ class Tokenizer:
         ids = [i for i in ids if i not in before and i not in after]
         kept = ids[: self.context_length - len(before) - len(after)]
         row = [*before, *kept, *after]
-        mask = [0.0] * len(before) + [1.0] * len(kept) + [0.0] * len(after)
+        ends = [float(i == 0) for i in range(len(after))]
+        mask = [0.0] * len(before) + [1.0] * len(kept) + ends
         if not row:  # a network needs something to read
             row, mask = [0], [0.0]
         if self.pad_id is not None:

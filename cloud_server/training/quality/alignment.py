@@ -1,19 +1,20 @@
 """Whether a picture shows what was asked for: its own prompt against others.
 
 RouteT2I has no such metric; none of its ten looks at the prompt. How it is measured was chosen on
-the starter pair by how far two seeds agree on edge minus cloud (r, over 832 prompts; about 0.06 to
-either side), by how far the models lie apart (d, the mean of edge minus cloud in its own spread,
+the starter pair by how far two seeds agree on edge minus cloud (r, over 1,500 prompts; about 0.05
+to either side), by how far the models lie apart (d, the mean of edge minus cloud in its own spread,
 over 3,000), and by what a judge that is not CLIP says of the same (j, correlation over 700):
 
-    cosine with the own prompt alone                 r 0.40  d 0.52  j 0.33
-    softmax, CLIP's own scale, 128 random others     r 0.28  d 0.28  j 0.25
-    softmax, a quarter of it, 128 random others      r 0.38  d 0.49  j 0.26   (the default)
-    softmax, a quarter of it, 32 of the nearest 100  r 0.41  d 0.46  j 0.24
-    mean pairwise sigmoid, CLIP's own scale, 128     r 0.20  d 0.16  j 0.25
-    mean pairwise sigmoid, a quarter of it, 128      r 0.38  d 0.36  j 0.34
-    cosine less the mean cosine of 128 others        r 0.39  d 0.49  j 0.31
+    cosine with the own prompt alone                 r 0.39  d 0.51  j 0.24
+    softmax, CLIP's own scale, 128 random others     r 0.30  d 0.30  j 0.22
+    softmax, a quarter of it, 128 random others      r 0.40  d 0.47  j 0.20
+    softmax, a quarter of it, 32 of the nearest 100  r 0.43  d 0.43  j 0.21
+    mean pairwise sigmoid, CLIP's own scale, 128     r 0.22  d 0.18  j 0.25
+    mean pairwise sigmoid, a quarter of it, 128      r 0.37  d 0.38  j 0.31   (the default)
+    cosine less the mean cosine of 128 others        r 0.40  d 0.47  j 0.24
 
-With the CLIP of that day no form beats the cosine, which a `count` of 0 gives.
+It was chosen on the pictures that these numbers are of, so they flatter it. A `count` of 0 gives
+the plain cosine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cloud_server.errors import DataError
 ALIGNMENT = "Alignment"
 ALIGNMENT_WEIGHT = 0.5  # what is drawn counts as much as how it looks
 DISTRACTORS = 128
-SHARPNESS = 0.25  # of CLIP's own scale, at which one near distractor decides
+SHARPNESS = 0.25  # of CLIP's own scale, at which a picture is hardly ever sure of its prompt
 
 
 @dataclass(frozen=True, slots=True)

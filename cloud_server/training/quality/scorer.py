@@ -56,6 +56,7 @@ class QualityScorer:
         facts: dict[str, Any] = {"clip": self.clip.name, "digest": self.clip.digest}
         if self.alignment:
             facts["alignment"] = {
+                "form": "mean pairwise sigmoid" if self.alignment.count else "cosine",
                 "distractors": self.alignment.count,
                 "sharpness": SHARPNESS,
                 "seed": self.alignment.seed,
@@ -101,8 +102,9 @@ class QualityScorer:
     def _aligned(self, seen: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the alignment (B, 1) of pictures (B, d) with their prompts.
 
-        The probability that a picture is of its own prompt and not of a distractor; without these,
-        the cosine where that is above 0 (CLIPScore, Hessel et al. 2021, without its factor).
+        The probability that a picture is of its own prompt and not of a distractor, two at a time
+        and averaged; without distractors the cosine where that is above 0 (CLIPScore, Hessel et al.
+        2021, without its factor).
         """
         import torch
 
@@ -113,6 +115,6 @@ class QualityScorer:
         rows = []
         for picture, right, prompt in zip(seen, own, prompts, strict=True):
             others = self._pool[self.alignment.distractors(prompt)] @ picture
-            logits = SHARPNESS * self.clip.scale * torch.cat([right, others])
-            rows.append(logits.softmax(0)[:1])
+            margins = SHARPNESS * self.clip.scale * (right - others)
+            rows.append(margins.sigmoid().mean(0, keepdim=True))
         return torch.stack(rows)

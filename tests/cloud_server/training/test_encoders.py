@@ -33,13 +33,13 @@ every = pytest.mark.parametrize("kind", CONTEXTS)
 
 
 @every
-def test_masks_cover_the_prompt_and_neither_frame_nor_padding(folders, kind):
+def test_masks_cover_the_prompt_and_its_end_and_no_padding(folders, kind):
     encoder = open_encoder(folders[kind])
     features = encoder.encode(PROMPTS)
     before, after = FRAMES[kind]
     fits = CONTEXTS[kind] - before - after
     assert encoder.context_length == CONTEXTS[kind]
-    assert features.mask.sum(1).tolist() == [2, 0, 6, fits, 2]
+    assert features.mask.sum(1).tolist() == [words + after for words in (2, 0, 6, fits, 2)]
     for row in features.mask:
         words = row.nonzero()[:, 0]
         assert len(words) == 0 or words.tolist() == list(range(before, before + len(words)))
@@ -97,10 +97,12 @@ def test_the_pooled_state_of_open_clip_is_what_its_text_feature_is_made_of(folde
     torch.testing.assert_close(projected, feature, atol=1e-3, rtol=1e-3)
 
 
-def test_pooled_features_are_the_mean_of_the_words(folders):
+def test_pooled_features_are_the_mean_state_and_the_last(folders):
     features = open_encoder(folders["bert"]).encode(["a cat", ""])
-    torch.testing.assert_close(features.pooled[0], features.hidden[0, 1:3].mean(0))
-    assert (features.pooled[1] == 0).all()
+    mean, last = features.pooled[0].chunk(2)
+    torch.testing.assert_close(mean, features.hidden[0, 1:4].mean(0))
+    torch.testing.assert_close(last, features.hidden[0, 3])
+    torch.testing.assert_close(features.pooled[1], features.hidden[1, 1].repeat(2))
 
 
 def test_open_clips_own_tokenizer_is_read_as_it_reads(tmp_path):

@@ -163,11 +163,11 @@ def test_a_single_metric_gives_every_metric_the_same_answer():
     assert len(d[:, 0].unique()) == len(d)
 
 
-def test_the_linear_one_weighs_the_mean_word_and_the_length():
+def test_the_linear_one_weighs_the_mean_token_the_last_one_and_the_length():
     model = LinearPredictor(PredictorConfig(width=1, experts=1, kind="linear"))
-    model.load_state_dict({"weight": torch.tensor([[2.0, 3.0]]), "bias": torch.tensor([0.5])})
-    hidden, mask = torch.tensor([[[9.0], [1.0], [3.0], [9.0]]]), torch.tensor([[0.0, 1, 1, 0]])
-    want = torch.tensor(2.0 * 2.0 + 3.0 * np.log(2.0) + 0.5).sigmoid()
+    model.load_state_dict({"weight": torch.tensor([[2.0, 5.0, 3.0]]), "bias": torch.tensor([0.5])})
+    hidden, mask = torch.tensor([[[9.0], [1.0], [-0.5], [9.0]]]), torch.tensor([[0.0, 1, 1, 0]])
+    want = torch.tensor(2.0 * 0.25 + 5.0 * -0.5 + 3.0 * np.log(2.0) + 0.5).sigmoid()
     torch.testing.assert_close(model(hidden, mask), want.reshape(1, 1).float())
 
 

@@ -46,21 +46,21 @@ def test_ids_are_those_of_the_reference_tokenizer(tokenizer, reference, prompt):
     assert tokens.input_ids.dtype == np.int64
 
 
-def test_the_mask_covers_the_prompt_and_neither_frame_nor_padding(tokenizer):
+def test_the_mask_covers_the_prompt_and_its_end_and_no_padding(tokenizer):
     mask = tokenizer.encode("a cat").mask
     assert mask.shape == (1, CONTEXT)
-    assert mask[0].tolist() == [0, 1, 1] + [0] * (CONTEXT - 3)
+    assert mask[0].tolist() == [0, 1, 1, 1] + [0] * (CONTEXT - 4)
 
 
-def test_an_empty_prompt_has_an_empty_mask(tokenizer):
-    assert tokenizer.encode("").mask.sum() == 0
+def test_of_an_empty_prompt_there_is_the_end(tokenizer):
+    assert tokenizer.encode("").mask[0, :3].tolist() == [0, 1, 0]
 
 
 def test_a_long_prompt_keeps_its_end_token_and_counts_what_was_dropped(tokenizer, reference):
     tokens = tokenizer.encode("a cat " * 40)
     assert tokens.input_ids.shape == (1, CONTEXT)
     assert tokens.input_ids[0, -1] == reference.eos_token_id
-    assert tokens.mask[0].tolist() == [0, *[1] * (CONTEXT - 2), 0]
+    assert tokens.mask[0].tolist() == [0, *[1] * (CONTEXT - 1)]
     assert tokens.dropped == 80 - (CONTEXT - 2)
 
 
@@ -76,7 +76,7 @@ def test_control_tokens_in_a_prompt_are_plain_text(tokenizer, reference, control
 
 def test_an_exclamation_mark_is_a_word_and_not_padding(tokenizer):
     tokens = tokenizer.encode("cat !")
-    assert tokens.mask.sum() == 2
+    assert tokens.mask.sum() == 3
     assert tokens.input_ids[0, 2] != 0
 
 
@@ -87,7 +87,7 @@ def test_encoding_hands_token_ids_to_the_network_and_its_states_back(tokenizer):
     assert session.feeds["input_ids"] is encoded.input_ids
     assert encoded.hidden.shape == (1, CONTEXT, 6)
     assert encoded.pooled.shape == (1, 6)
-    assert encoded.mask.sum() == 2
+    assert encoded.mask.sum() == 3
 
 
 @pytest.mark.parametrize("text", ["", "{}", "not json"])
@@ -101,8 +101,8 @@ def test_a_broken_tokenizer_file_is_named_with_what_to_do(tmp_path, text):
 @pytest.mark.parametrize(
     ("frame", "ids", "mask"),
     [
-        ("[CLS] $A [SEP]", [1, 4, 5, 2], [0, 1, 1, 0]),
-        ("$A [SEP]", [4, 5, 2], [1, 1, 0]),
+        ("[CLS] $A [SEP]", [1, 4, 5, 2], [0, 1, 1, 1]),
+        ("$A [SEP]", [4, 5, 2], [1, 1, 1]),
         ("[CLS] $A", [1, 4, 5], [0, 1, 1]),
         ("$A", [4, 5], [1, 1]),
     ],
@@ -119,8 +119,10 @@ def test_a_prompt_stands_in_the_frame_of_its_tokenizer(tmp_path, frame, ids, mas
     assert padded.mask.tolist() == [mask + [0] * (6 - len(ids))]
     long = Tokenizer(file, 6, None).encode("cat " * 9)
     assert long.input_ids.shape == (1, 6)
-    assert long.dropped == 9 - long.mask.sum() == 9 - (6 - len(ids) + 2)
-    assert Tokenizer(file, 6, None).encode("").mask.sum() == 0
+    assert long.dropped == 9 - (6 - len(ids) + 2)
+    ends = frame.endswith("[SEP]")
+    assert long.mask.sum() == 9 - long.dropped + ends
+    assert Tokenizer(file, 6, None).encode("").mask.sum() == ends
     assert Tokenizer(file, 6, None).encode("").input_ids.size > 0
 
 

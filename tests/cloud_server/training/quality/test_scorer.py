@@ -132,12 +132,14 @@ def test_alignment_is_how_well_a_picture_shows_its_prompt(clip):
     np.testing.assert_allclose(one[0], own[3], atol=1e-4)
 
 
-def test_alignment_is_a_probability_among_the_prompts_or_else_the_cosine(tiny):
+def test_alignment_prefers_the_own_prompt_to_each_other_or_else_is_the_cosine(tiny):
     prompts = ("a cat", "two red apples", "the beach")
     images = [_image(_picture()), _image(1 - _picture())]
     cosines = (tiny.pictures(images) @ tiny.texts(prompts).T).numpy()
     logits = np.exp(SHARPNESS * tiny.scale * cosines)
-    expected = (logits / logits.sum(1, keepdims=True))[[0, 1], [0, 2]]
+    own = logits[[0, 1], [0, 2]]
+    others = logits[[[0], [1]], [[1, 2], [0, 1]]]
+    expected = (own[:, None] / (own[:, None] + others)).mean(1)
     asked = [prompts[0], prompts[2]]
     aligned = QualityScorer(tiny, alignment=Alignment(0.5, prompts)).score(images, asked)[:, -1]
     np.testing.assert_allclose(aligned, expected, rtol=1e-5)
