@@ -102,7 +102,7 @@ def _export(
         starter = starter or _starter()
         if router is None:
             router = starter / "router"
-            text_encoder = text_encoder or str(starter / "clip")
+            text_encoder = text_encoder or str(starter / "edge")
         pipeline = (
             open_pipeline(edge_model)
             if edge_model

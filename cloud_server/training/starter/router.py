@@ -29,7 +29,7 @@ def train_starter_router(
     prompts: int | None = None,
     seeds: int = 2,
     calibration: int = 2000,
-    settings: Settings = Settings(predictor="gated"),  # noqa: B008  it is frozen
+    settings: Settings = Settings(),  # noqa: B008  it is frozen
 ) -> None:
     """Label prompts with `starter/edge` and `starter/cloud` and train the router in `out`.
 
