@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from cloud_server.starter import starter_folder
-from cloud_server.training.labels.painters import PipelinePainter
+from cloud_server.training.digest import folder_digest
+from cloud_server.training.labels import PipelinePainter, read_for_training
 from cloud_server.training.starter import clip_model, scenes
 from cloud_server.training.starter.evaluate import _psnr, through
 from cloud_server.training.starter.judge import Judge
@@ -51,6 +54,19 @@ def test_they_do_not_say_where_they_were_trained():
     assert configs
     for config in configs:
         assert "_name_or_path" not in config.read_text(encoding="utf-8"), config
+
+
+def test_the_labels_and_the_router_are_of_these_models():
+    labels = read_for_training(starter_folder().with_name("labels.parquet"))
+    assert labels.q.shape == (2, 3000, 2, 11)
+    digests = {side: folder_digest(starter_folder() / side) for side in ("edge", "cloud", "clip")}
+    for side in ("edge", "cloud"):
+        assert labels.origin["models"][side]["digest"] == digests[side]
+    assert labels.origin["scorer"]["digest"] == digests["clip"]
+    facts = json.loads((starter_folder() / "router" / "router.json").read_text(encoding="utf-8"))
+    assert facts["edge_model"] == f"edge@{digests['edge'][:12]}"
+    assert facts["cloud_model"] == f"cloud@{digests['cloud'][:12]}"
+    assert [metric["name"] for metric in facts["metrics"]] == list(labels.metrics)
 
 
 @needs_font
