@@ -60,7 +60,7 @@ COLOURS = {"edge": (46, 125, 90), "cloud": (58, 96, 190), "fallback": (190, 112,
 
 
 @click.command("demo")
-@click.option("--share", type=click.FloatRange(0, 1), default=0.3, show_default=True)
+@click.option("--share", type=click.FloatRange(0, 1), default=0.5, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=7, show_default=True)
 @click.option(
     "--starter",
