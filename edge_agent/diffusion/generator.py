@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from edge_agent.bundle import DiffusionSpec
-from edge_agent.diffusion.samplers import make_sampler
+from edge_agent.diffusion.samplers import make_sampler, overridden, sampler_name
 from edge_agent.errors import Cancelled, ConfigError, GenerationError
 from edge_agent.routing.encoder import Encoded, TextEncoder
 from edge_agent.runtime.session import Session
@@ -25,6 +26,7 @@ class Plan:
     height: int
     steps: int
     guidance: float
+    scheduler: Mapping[str, Any]
 
 
 class EdgeGenerator:
@@ -54,8 +56,10 @@ class EdgeGenerator:
         self._timestep_rank = unet.input_ranks["timestep"]
 
     def plan(self, request: Request, seed: int) -> Plan:
-        """Fill in the model's defaults; raise ConfigError for a size it cannot draw."""
-        spec = self._spec
+        """Fill in the model's defaults; raise ConfigError for a size or sampler it cannot draw."""
+        spec, scheduler = self._spec, self._spec.scheduler
+        if request.sampler is not None:
+            scheduler = overridden(scheduler, request.sampler)
         width = spec.width if request.width is None else request.width
         height = spec.height if request.height is None else request.height
         for name, size in (("width", width), ("height", height)):
@@ -76,6 +80,7 @@ class EdgeGenerator:
             height=height,
             steps=spec.steps if request.steps is None else request.steps,
             guidance=spec.guidance if request.guidance is None else request.guidance,
+            scheduler=scheduler,
         )
 
     def generate(
@@ -113,6 +118,7 @@ class EdgeGenerator:
             height=plan.height,
             steps=plan.steps,
             guidance=plan.guidance,
+            sampler=sampler_name(plan.scheduler),
             timings_ms={
                 "condition": 1e3 * (conditioned - started),
                 "denoise": 1e3 * (denoised - conditioned),
@@ -133,12 +139,16 @@ class EdgeGenerator:
         on_event: OnEvent | None,
         cancellation: Cancellation | None,
     ) -> np.ndarray:
-        spec, sampler = self._spec, make_sampler(self._spec.scheduler, plan.steps)
+        spec, sampler = self._spec, make_sampler(plan.scheduler, plan.steps)
         rows, columns = plan.height // spec.vae_scale, plan.width // spec.vae_scale
         # Philox's stream is fixed by numpy for good, so a seed means one picture everywhere.
         noise = np.random.Generator(np.random.Philox(plan.seed))
-        latents = noise.standard_normal((1, spec.latent_channels, rows, columns), np.float32)
-        latents *= np.float32(sampler.initial_scale)
+        shape = (1, spec.latent_channels, rows, columns)
+
+        def draw() -> np.ndarray:
+            return noise.standard_normal(shape, np.float32)
+
+        latents = draw() * np.float32(sampler.initial_scale)
         batch, total = len(hidden), len(sampler.timesteps)
         for index, timestep in enumerate(sampler.timesteps):
             if cancellation is not None and cancellation.cancelled:
@@ -153,7 +163,7 @@ class EdgeGenerator:
             prediction = prediction.astype(np.float32, copy=False)
             if batch == 2:
                 prediction = prediction[:1] + plan.guidance * (prediction[1:] - prediction[:1])
-            latents = sampler.step(prediction, latents, index)
+            latents = sampler.step(prediction, latents, index, draw)
             if not np.isfinite(latents).all():
                 raise GenerationError(
                     f"drawing broke down at step {index + 1} of {total}: the latents are no longer "

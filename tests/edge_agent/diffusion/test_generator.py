@@ -14,7 +14,7 @@ from edge_agent.diffusion.generator import EdgeGenerator
 from edge_agent.errors import Cancelled, ConfigError, GenerationError
 from edge_agent.routing.encoder import TextEncoder, Tokenizer
 from edge_agent.runtime.session import Session
-from edge_agent.types import Cancellation, Event, Request, Step
+from edge_agent.types import Cancellation, Event, Request, SamplerName, Step
 
 SwapUnet = Callable[..., None]
 
@@ -54,11 +54,31 @@ def test_prompt_guidance_and_negative_prompt_all_matter(tiny_bundle: Path) -> No
     assert len(drawn) == 5
 
 
+def test_each_sampler_draws_its_own_picture_the_same_each_time(tiny_bundle: Path) -> None:
+    generator, request = make_generator(tiny_bundle), Request("a red cat", steps=3)
+    drawn = {
+        name: pixels(generator, replace(request, sampler=name))
+        for name in set(SamplerName) - {SamplerName.FLOW_EULER}
+    }
+    assert len(set(drawn.values())) == len(drawn) == 6
+    assert pixels(generator, request) == drawn[SamplerName.DPMPP_2M]
+    for name in (SamplerName.EULER_A, SamplerName.LCM):  # their noise comes from the seed too
+        assert pixels(generator, replace(request, sampler=name)) == drawn[name]
+        assert pixels(generator, replace(request, sampler=name), 8) != drawn[name]
+
+
+def test_a_sampler_for_another_kind_of_model_is_refused(tiny_bundle: Path) -> None:
+    request = Request("a cat", sampler=SamplerName.FLOW_EULER)
+    with pytest.raises(ConfigError, match="not trained by flow matching; choose ddim or euler"):
+        make_generator(tiny_bundle).generate(request, None, 1)
+
+
 def test_the_picture_reports_what_it_was_drawn_with(tiny_bundle: Path) -> None:
     generator = make_generator(tiny_bundle)
     picture = generator.generate(Request("a cat", width=128, height=32, steps=2), None, 5)
     assert picture.image.size == (picture.width, picture.height) == (128, 32)
     assert (picture.model, picture.seed, picture.steps, picture.guidance) == ("tiny", 5, 2, 4.0)
+    assert picture.sampler is SamplerName.DPMPP_2M
     assert set(picture.timings_ms) == {"condition", "denoise", "decode"}
 
 
