@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from cloud_server.torchvision_guard import guard
+from export.bundle_writer import DIFFUSION_TEXTS, ROUTER_TEXT
 from export.errors import ExportError
+from export.families import Family
 
 guard()
 import open_clip  # noqa: E402  the guard must come first
-from transformers import CLIPTextModel, CLIPTokenizerFast  # noqa: E402
+import transformers  # noqa: E402
 
 PROBES = ("", "two red apples to the left of a cat", "Ein Haus, 3 Bäume & 1 Auto!", "夜の城 🌙")
 SAME_COSINE = 0.9999  # weights stored in half precision stay above 0.99999
@@ -25,24 +27,33 @@ OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 
 
 class TextTower(nn.Module):
-    """transformers' CLIP text model: ids (B, n) to hidden states (B, n, d) and pooled (B, d)."""
+    """transformers' CLIP text model: ids (B, n) to hidden states (B, n, d) and pooled (B, d).
 
-    def __init__(self, encoder: CLIPTextModel) -> None:
+    With `penultimate` also to the states before the last layer, as they are. Pooled is the end
+    token's state, projected where the model has a projection.
+    """
+
+    def __init__(self, encoder: transformers.PreTrainedModel, penultimate: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
+        self.outputs = ("hidden", "pooled", "penultimate") if penultimate else ("hidden", "pooled")
         self.width = int(encoder.config.hidden_size)
         self.context_length = int(encoder.config.max_position_embeddings)
         self.vocab_size = int(encoder.config.vocab_size)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.encoder(input_ids=input_ids)
-        return out.last_hidden_state, out.pooler_output
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        penultimate = "penultimate" in self.outputs
+        out = self.encoder(input_ids=input_ids, output_hidden_states=penultimate)
+        pooled = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
+        states = (out.hidden_states[-2],) if penultimate else ()
+        return out.last_hidden_state, pooled, *states
 
 
 class OpenClipTower(nn.Module):
     """open_clip's text tower with the same inputs and outputs as `TextTower`."""
 
     text: Any
+    outputs = ("hidden", "pooled")
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -78,12 +89,59 @@ class TextSource:
     files: Sequence[Path]
 
 
-def from_pipeline(folder: Path) -> TextSource:
-    """Load what a diffusers pipeline is conditioned by."""
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    tower = TextTower(encoder).eval()
-    tokenizer = read_tokenizer(folder / "tokenizer", tower.context_length)
-    return TextSource(tower, tokenizer, (folder / "text_encoder",))
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The text encoders of a bundle by component, and which of them the denoiser reads."""
+
+    sources: Mapping[str, TextSource]
+    diffusion: tuple[str, ...]
+
+    @property
+    def router(self) -> TextSource:
+        """The text encoder that the router reads."""
+        return self.sources[ROUTER_TEXT]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the denoiser's prompts."""
+        return self.sources[self.diffusion[0]].tokenizer.context_length
+
+    @property
+    def width(self) -> int:
+        """Width of the states of all the denoiser's encoders side by side."""
+        return sum(self.sources[name].tower.width for name in self.diffusion)
+
+
+def read_texts(folder: Path, family: Family, *, clip: Path | None, original: Path) -> Texts:
+    """Load the text encoders of router and denoiser: one where they agree.
+
+    The router reads that of the open_clip folder `clip`, or without it the first of the pipeline
+    as it was before LoRAs were merged, in `original`.
+    """
+    own = from_pipeline(folder, family)
+    router = own[0]
+    if clip is not None or original != folder:
+        router = from_open_clip(clip) if clip else from_pipeline(original, family)[0]
+        router = next((each for each in own if are_one(router, each)), router)
+    sources, diffusion = {ROUTER_TEXT: router}, []
+    for each, name in zip(own, DIFFUSION_TEXTS, strict=False):
+        component = ROUTER_TEXT if each is router else name
+        sources[component] = each
+        diffusion.append(component)
+    return Texts(sources, tuple(diffusion))
+
+
+def from_pipeline(folder: Path, family: Family) -> list[TextSource]:
+    """Load what a diffusers pipeline is conditioned by, in order."""
+    penultimate = family.text_states == "penultimate"
+    sources = []
+    for each in family.encoders:
+        kind = getattr(transformers, each.kind)
+        encoder = kind.from_pretrained(folder / each.folder, dtype=torch.float32)
+        tower = TextTower(encoder, penultimate).eval()
+        tokenizer = read_tokenizer(folder / each.tokenizer, tower.context_length)
+        sources.append(TextSource(tower, tokenizer, (folder / each.folder,)))
+    return sources
 
 
 def from_open_clip(folder: Path) -> TextSource:
@@ -103,7 +161,7 @@ def from_open_clip(folder: Path) -> TextSource:
 def read_tokenizer(folder: Path, longest: int) -> TextTokenizer:
     """Read a CLIP tokenizer folder, with or without tokenizer.json; contexts end at `longest`."""
     try:
-        tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+        tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as err:
         raise ExportError(
             f"'{folder}' holds no CLIP tokenizer (tokenizer.json or vocab.json and merges.txt); "
@@ -129,9 +187,9 @@ def gives(source: TextSource, prompt: str, state: Sequence[float]) -> bool:
     tokenizer = Tokenizer.from_str(source.tokenizer.json)
     ids = tokenizer.encode(prompt).ids
     padding = [source.tokenizer.pad_id] * (source.tokenizer.context_length - len(ids))
-    pooled = source.tower(torch.tensor([ids + padding]))[1][0]
+    end = source.tower(torch.tensor([ids + padding]))[0][0, len(ids) - 1]
     wanted = torch.tensor(state)
-    return bool(cosine_similarity(pooled, wanted, dim=0) >= SAME_COSINE)
+    return bool(cosine_similarity(end, wanted, dim=0) >= SAME_COSINE)
 
 
 @torch.inference_mode()
