@@ -232,6 +232,12 @@ class _Fields:
             raise self._error(f"{self.where}{key}", kind.__name__)
         return value
 
+    def one_of(self, key: str, *values: str) -> str:
+        value = self.get(key, str)
+        if value not in values:
+            raise self._error(f"{self.where}{key}", " or ".join(values))
+        return value
+
     def child(self, key: str) -> _Fields:
         return _Fields(self.content.get(key), f"{self.where}{key}.", self.manifest)
 
@@ -319,7 +325,7 @@ def _diffusion(fields: _Fields) -> DiffusionSpec:
         digest=fields.get("digest", str),
         denoiser=fields.get("denoiser", str),
         text_encoders=fields.all_of("text_encoders", str),
-        text_states=fields.get("text_states", str),
+        text_states=fields.one_of("text_states", "hidden", "penultimate"),
         empty_is_zeros=fields.get("empty_is_zeros", bool),
         scheduler=fields.get("scheduler", dict),
         latent_channels=fields.get("latent_channels", int),

@@ -81,6 +81,10 @@ def _without(*path: str) -> Callable[[dict[str, Any]], None]:
         (_without("components", "unet"), "no component 'unet'"),
         (_without("components", "unet", "parity", "gate"), "'components.unet.parity.gate'"),
         (_without("router", "metrics"), "'router.metrics'"),
+        (
+            lambda content: content["diffusion"].update(text_states="last"),
+            "'diffusion.text_states' .expected hidden or penultimate",
+        ),
         (_without("tokenizers", "text_encoder"), "'tokenizers.text_encoder.'"),
         (lambda content: content["router"]["metrics"].append(3), r"'router.metrics\[3\].'"),
         (lambda content: content["router"]["score_digest"].append("x"), "score_digest.200'"),
