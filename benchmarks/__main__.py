@@ -83,6 +83,7 @@ def main(bundle: Path, starter: Path | None, threads: int, install: bool) -> Non
             _decision(agent, starter, threads),
             _picture(agent, starter, threads),
         ]
+    rows += _full_size(threads)
     if install:
         rows.append(_install())
     _print_table(rows)
@@ -145,6 +146,22 @@ def _decision(agent: EdgeAgent, starter: Path, threads: int) -> Row:
 
     peer = timed(encode, 100, "torch encoder", warm_up=10)
     return Row("decision, warm", str(ours), "p50 5 ms", _ratio("text encoder alone", peer, ours))
+
+
+def _full_size(threads: int) -> list[Row]:
+    from benchmarks.decision import METRICS, VIT_L_14, decisions
+    from cloud_server.training.predictor import PredictorConfig, build
+
+    words = [len(prompt.split()) for prompt in PROMPTS]
+    size = build(PredictorConfig(int(VIT_L_14["hidden_size"]), METRICS))
+    parameters = sum(weight.numel() for weight in size.parameters())
+    bars = {"gated": ("1 ms", f"{parameters / 1e6:.1f} M parameters, of at most 10 M")}
+    bars |= {"linear": ("1 ms", ""), "fp32": ("", ""), "int8": ("p50 30 ms", "paper: 64.5 ms")}
+    with decisions(VIT_L_14, words, threads) as all_of_them:
+        return [
+            Row(f"ViT-L/14: {name}", str(timed(work, 100, name, 10)), *bars[name.split()[0]])
+            for name, work in all_of_them.items()
+        ]
 
 
 def _picture(agent: EdgeAgent, starter: Path, threads: int) -> Row:

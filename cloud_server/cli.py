@@ -6,28 +6,39 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import click
 
 from cloud_server import config
-from cloud_server.errors import ConfigError, ModelError, ServerError
+from cloud_server.console import DEVICES, Device, one_sentence
+from cloud_server.errors import ModelError
 
 # Training imports torch; each command is found when it is called for, its summary stands here.
 _LAZY = {
+    "evaluate-router": (
+        "cloud_server.training.evaluation.cli:evaluate_router_command",
+        "Measure a router beside simpler ways to choose.",
+    ),
     "evaluate-starter": (
         "cloud_server.training.starter.cli:evaluate_starter",
         "Measure the starter models on fresh scenes.",
+    ),
+    "label": (
+        "cloud_server.training.labels.cli:label_command",
+        "Draw prompts with two models and score every picture.",
+    ),
+    "train-router": (
+        "cloud_server.training.router_cli:train_router_command",
+        "Learn from labels or ratings which prompts gain by the cloud.",
     ),
     "train-starter": (
         "cloud_server.training.starter.cli:train_starter",
         "Train the starter models from nothing.",
     ),
 }
-_DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 
 
 class _LazyGroup(click.Group):
@@ -50,41 +61,6 @@ class _LazyGroup(click.Group):
             formatter.write_dl(rows)
 
 
-class _Device(click.ParamType):
-    name = "device"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        kind, colon, number = str(value).partition(":")
-        known = (
-            kind in ("auto", "cpu", "cuda") if not colon else kind == "cuda" and number.isdigit()
-        )
-        if not known:
-            self.fail(f"{value!r} is none of {', '.join(_DEVICES)}", param, ctx)
-        return str(value)
-
-
-@contextmanager
-def _one_sentence(*, debug: bool = False) -> Iterator[None]:
-    """Turn our errors into one sentence on stderr and the exit code that belongs to it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except ModuleNotFoundError as error:
-        if debug:
-            raise
-        raise click.ClickException(
-            f"the server needs the package {error.name!r}, which is not installed; run "
-            "pip install -c constraints.txt 'routet2i-edge[cloud]'"
-        ) from error
-    except ServerError as error:
-        if debug:
-            raise
-        wrong_usage = isinstance(error, ConfigError)
-        kind = click.UsageError if wrong_usage else click.ClickException
-        raise kind(str(error)) from error
-
-
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="routet2i-edge", prog_name="cloud-server")
 @click.pass_context
@@ -92,7 +68,7 @@ def main(ctx: click.Context) -> None:
     """The large text-to-image model behind gRPC, and all training."""
     if ctx.invoked_subcommand == "serve":
         known = [parameter.name for parameter in serve.params if parameter.name]
-        with _one_sentence():
+        with one_sentence():
             ctx.default_map = {"serve": config.read_config(config.config_path(), known)}
 
 
@@ -116,7 +92,7 @@ def _option(name: str, help_text: str, **settings: Any) -> Callable[[Any], Any]:
 )
 @_option("--queue", "Pictures that may wait.", type=click.IntRange(min=0), default=8)
 @_option("--threads", "CPU threads of the model.  [default: torch's]", type=click.IntRange(min=1))
-@_option("--device", f"One of {', '.join(_DEVICES)}.", type=_Device(), default="auto")
+@_option("--device", f"One of {', '.join(DEVICES)}.", type=Device(), default="auto")
 @_option("--debug", "Log more, and show tracebacks.", is_flag=True)
 def serve(
     model: str | None,
@@ -135,7 +111,7 @@ def serve(
         level=logging.DEBUG if debug else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    with _one_sentence(debug=debug):
+    with one_sentence(debug=debug):
         listen = config.listen_address(address, insecure=insecure)
         from cloud_server import engine, server
 

@@ -100,14 +100,9 @@ class DiffusersEngine:
 
         if threads is not None:
             torch.set_num_threads(threads)
-        where = _device(device)
-        pipeline = _load_pipeline(source, _precision(where))
-        pipeline.set_progress_bar_config(disable=True)
-        for name, part in pipeline.components.items():
-            # "<|endoftext|>" in a prompt is a word somebody typed, not the end of it.
-            if name.startswith("tokenizer") and part is not None:
-                part.split_special_tokens = True
-        engine = cls(pipeline.to(where), _card(pipeline, source))
+        where = pick_device(device)
+        pipeline = load_pipeline(source, _precision(where))
+        engine = cls(pipeline.to(where), card_of(pipeline, source))
         engine._warm_up()
         return engine
 
@@ -191,7 +186,8 @@ def check_model(model: str) -> Path | str:
     return model
 
 
-def _load_pipeline(source: Path | str, dtype: torch.dtype) -> Any:
+def load_pipeline(source: Path | str, dtype: torch.dtype) -> Any:
+    """Load a text-to-image pipeline of diffusers that is quiet; ModelError if it cannot be."""
     from cloud_server.torchvision_guard import guard
 
     guard()
@@ -215,10 +211,16 @@ def _load_pipeline(source: Path | str, dtype: torch.dtype) -> Any:
             f"{source} is a {type(pipeline).__name__}, which takes no {min(missing)};"
             " give a text-to-image pipeline"
         )
+    pipeline.set_progress_bar_config(disable=True)
+    for name, part in pipeline.components.items():
+        # "<|endoftext|>" in a prompt is a word somebody typed, not the end of it.
+        if name.startswith("tokenizer") and part is not None:
+            part.split_special_tokens = True
     return pipeline
 
 
-def _card(pipeline: Any, source: Path | str) -> Card:
+def card_of(pipeline: Any, source: Path | str) -> Card:
+    """Return the defaults and limits of a pipeline that was loaded from `source`."""
     core = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     scale = int(getattr(pipeline, "vae_scale_factor", 8))
     sample = getattr(getattr(core, "config", None), "sample_size", None)
@@ -229,7 +231,7 @@ def _card(pipeline: Any, source: Path | str) -> Card:
         "height": int(latent_h) * scale,
         "steps": _FOREIGN_STEPS,
         "guidance": _FOREIGN_GUIDANCE,
-    } | _own_defaults(source)
+    } | own_defaults(source)
     longest = max(settings["width"], settings["height"])
     levels = len(getattr(getattr(core, "config", None), "down_block_types", None) or ()) or 1
     return Card(
@@ -244,7 +246,7 @@ def _card(pipeline: Any, source: Path | str) -> Card:
     )
 
 
-def _own_defaults(source: Path | str) -> dict[str, float]:
+def own_defaults(source: Path | str) -> dict[str, float]:
     """Read defaults.json beside model_index.json, if the folder has one."""
     if not isinstance(source, Path) or not (source / "defaults.json").is_file():
         return {}
@@ -264,7 +266,8 @@ def _own_defaults(source: Path | str) -> dict[str, float]:
     return settings
 
 
-def _device(name: str) -> str:
+def pick_device(name: str) -> str:
+    """Return the device that auto, cpu or cuda:N means; ModelError if it is not here."""
     import torch
 
     if name == "auto":

@@ -4,6 +4,7 @@ ServerError
   ConfigError           a flag, environment variable or config.toml is wrong (exit 2)
   ModelError            the model cannot be loaded
   DrawError             the model did not draw this picture
+  DataError             a file of prompts, metrics or labels cannot be used
 """
 
 
@@ -21,3 +22,7 @@ class ModelError(ServerError):
 
 class DrawError(ServerError):
     """The model did not draw this picture."""
+
+
+class DataError(ServerError):
+    """A file of prompts, metrics or labels cannot be used."""

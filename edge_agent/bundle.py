@@ -62,12 +62,12 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """A `tokenizers` file and how prompts are padded for its text encoder."""
+    """A `tokenizers` file and how prompts are padded for its text encoder: not, where None."""
 
     file: str
     record: FileRecord
     context_length: int
-    pad_id: int
+    pad_id: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +314,7 @@ def _tokenizer(fields: _Fields) -> TokenizerFiles:
         file=fields.relative_path(fields.get("file", str)),
         record=fields.record(),
         context_length=fields.get("context_length", int),
-        pad_id=fields.get("pad_id", int),
+        pad_id=None if fields.content.get("pad_id", 0) is None else fields.get("pad_id", int),
     )
 
 

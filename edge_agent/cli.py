@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 PROGRAM = "edge-agent"
 T = TypeVar("T")
 Command = Callable[..., Any]
+_BUDGET = ("budget_pictures", "budget_cost", "cloud_cost", "ledger")
 _DECIDING = ("bundle", "share", "threads", "json", "quiet", "debug")
 
 
@@ -145,7 +146,7 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
 
 
 @cli.command()
-@settings_options("offline", "cloud", *_DECIDING)
+@settings_options("offline", "cloud", *_BUDGET, *_DECIDING)
 @click.pass_obj
 def doctor(state: State, /, **flags: Any) -> int:
     """Check the bundle, the networks, the cloud and the settings; exit 1 if it cannot draw."""

@@ -39,6 +39,7 @@ def examine(settings: Settings) -> dict[str, Any]:
         "runtime": _runtime(),
         "bundle": bundle,
         "cloud": _cloud(settings),
+        "budget": _budget(settings),
         "settings": effective,
     }
 
@@ -69,6 +70,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
                 f"runs on {', '.join(part['providers'])}"
             )
     lines.append(f"cloud       {cloud['status']}")
+    lines.append(f"budget      {report['budget']['status']}")
     lines.append("settings")
     for name, entry in report["settings"].items():
         value = "-" if entry["value"] is None else entry["value"]
@@ -163,6 +165,28 @@ def _cloud(settings: Settings) -> dict[str, Any]:
         "healthy": healthy,
         "version": capabilities.version,
         "models": models,
+    }
+
+
+def _budget(settings: Settings) -> dict[str, Any]:
+    """Look into the ledger; one that nobody has used yet is not made."""
+    if not settings.ledger.exists():
+        return {"status": f"nothing spent yet, no ledger at {settings.ledger}"}
+    from edge_agent.routing.budget.ledger import Ledger
+
+    try:
+        spent = Ledger(settings.ledger).spent()
+    except AgentError as err:
+        return {"status": str(err)}
+    limits = {"pictures": settings.budget_pictures, "cost": settings.budget_cost}
+    left = " and ".join(f"{limit} {what}" for what, limit in limits.items() if limit is not None)
+    return {
+        "status": f"{spent.pictures} pictures for {spent.cost} spent on {spent.day}, "
+        f"{spent.unsure} of them without an answer; limit a day: {left or 'none'}",
+        "day": spent.day.isoformat(),
+        "pictures": spent.pictures,
+        "cost": str(spent.cost),
+        "unsure": spent.unsure,
     }
 
 

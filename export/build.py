@@ -18,7 +18,8 @@ import onnxruntime
 import torch
 
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.predictor import Predictor
+from cloud_server.training import predictor as predictors
+from cloud_server.training.encoders import TextEncoder
 from edge_agent.bundle import Component
 from edge_agent.errors import BundleError
 from export import components, denoisers, text
@@ -31,28 +32,28 @@ from export.optimise import opset_of, optimise
 from export.parity import GATES, check_parity
 from export.quiet import quiet
 from export.sources import Lora, Pipeline, RouterFolder
-from export.text import Texts, TextSource
+from export.text import Texts
 
 guard()
 import diffusers  # noqa: E402  the guard must come first
 
-REVISION = 2  # raise when components come out differently, so that none older is kept
+REVISION = 3  # raise when components come out differently, so that none older is kept
 STAGES = ("trace", "optimise", "compare")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to export. `clip` is the open_clip folder that the router's text encoder comes from;
+    """What to export. `text_encoder` is the folder or id of what the router reads prompts with;
 
-    without it the router reads the pipeline's own. `loras` are merged into the pipeline first.
-    `gates` overrides parity gates by component.
+    without it that is the pipeline's own. `loras` are merged into the pipeline first. `gates`
+    overrides parity gates by component.
     """
 
     pipeline: Pipeline
     router: RouterFolder
     out: Path
-    clip: Path | None = None
+    text_encoder: str | Path | None = None
     loras: Sequence[Lora] = ()
     precision: str = "fp32"
     gates: Mapping[str, float] = field(default_factory=dict)
@@ -119,10 +120,10 @@ def _export_parts(
     now: Callable[[], datetime],
 ) -> tuple[Path, list[Row]]:
     with _naming(ROUTER_TEXT):
-        texts = text.read_texts(
-            job.pipeline.folder, job.pipeline.family, clip=job.clip, original=original
-        )
-    _check_router(job, texts.router)
+        source = job.text_encoder or original
+        router_text = text.open_text(source)
+        _check_router(job, source, router_text)
+        texts = text.read_texts(job.pipeline.folder, job.pipeline.family, router_text)
     parts = _plan(job, texts)
     writer = BundleWriter(job.out, fresh=job.fresh)
     rows = []
@@ -187,7 +188,7 @@ def _naming(what: str) -> Iterator[None]:
         yield
     except ExportError:
         raise
-    except Exception as err:  # torch, transformers and onnxruntime share no base class
+    except Exception as err:  # torch, optimum, transformers and onnxruntime share no base class
         if isinstance(err, OSError) and err.errno in NO_ROOM:
             raise
         line = str(err).strip().partition("\n")[0]
@@ -197,24 +198,25 @@ def _naming(what: str) -> Iterator[None]:
         ) from err
 
 
-def _check_router(job: Job, source: TextSource) -> None:
-    if source.tower.width != job.router.width:
+def _check_router(job: Job, source: str | Path, encoder: TextEncoder) -> None:
+    """Refuse a router that was trained on another text encoder; raises ExportError."""
+    if encoder.tower.width != job.router.width:
         raise ExportError(
             f"the router in '{job.router.folder}' reads text states of width {job.router.width}, "
-            f"but the text encoder in '{job.clip or job.pipeline.folder}' gives "
-            f"{source.tower.width}; pass --clip and --router of one training"
+            f"but the text encoder in '{source}' gives {encoder.tower.width}; "
+            "pass --text-encoder and --router of one training"
         )
     probe = job.router.spec["text_probe"]
-    if not text.gives(source, probe["prompt"], probe["state"]):
+    if not text.gives(encoder, probe["prompt"], probe["state"]):
         raise ExportError(
             f"the router in '{job.router.folder}' was trained on another text encoder than "
-            f"'{job.clip or job.pipeline.folder}' has; pass --clip and --router of one training"
+            f"'{source}' has; pass --text-encoder and --router of one training"
         )
 
 
 def _plan(job: Job, texts: Texts) -> list[_Part]:
     pipeline, family, size = job.pipeline, job.pipeline.family, job.pipeline.latent_size
-    context_length = texts.router.tokenizer.context_length
+    context_length = texts.router.context_length
 
     def part(
         name: str,
@@ -240,7 +242,7 @@ def _plan(job: Job, texts: Texts) -> list[_Part]:
         return components.vae_decoder(vae, size)
 
     def predictor() -> Network:
-        model = Predictor.load(job.router.folder)
+        model = predictors.load(job.router.folder)
         return components.predictor(model, context_length)
 
     return [
@@ -249,10 +251,10 @@ def _plan(job: Job, texts: Texts) -> list[_Part]:
                 name,
                 "cosine",
                 each.files,
-                partial(components.text_encoder, each.tower),
-                each.tower.outputs,
+                partial(components.text_encoder, each.tower, each.context_length),
+                (each.name, each.context_length, each.tower.outputs),
             )
-            for name, each in texts.sources.items()
+            for name, each in texts.encoders.items()
         ),
         part("predictor", "psnr_db", job.router.network_files, predictor, context_length),
         part(

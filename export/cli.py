@@ -43,7 +43,12 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
     metavar="DIR[:SCALE]",
     help="LoRA merged into the edge model; may be given several times.",
 )
-@click.option("--clip", type=FOLDER, help="open_clip folder that the router reads prompts with.")
+@click.option(
+    "--text-encoder",
+    "--clip",
+    metavar="ID_OR_DIR",
+    help="What the router reads prompts with, as for train-router; default: the pipeline's own.",
+)
 @click.option("--router", type=FOLDER, help="Folder of the trained routing network.")
 @click.option("--steps", type=click.IntRange(1, MAX_STEPS), help="Steps where none are asked for.")
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance where none is asked for.")
@@ -63,7 +68,7 @@ def main(
     edge_model: str | None,
     vae: Path | None,
     loras: tuple[str, ...],
-    clip: Path | None,
+    text_encoder: str | None,
     router: Path | None,
     steps: int | None,
     guidance: float | None,
@@ -79,7 +84,7 @@ def main(
     kept, and an export that was stopped goes on where it was.
     """
     try:
-        pipeline, clip, network = _sources(starter, edge_model, clip, router)
+        pipeline, text_encoder, network = _sources(starter, edge_model, text_encoder, router)
         pipeline = pipeline if vae is None else with_vae(pipeline, vae)
         pipeline = replace(pipeline, steps=steps, guidance=guidance)
         path, rows = _export(
@@ -87,7 +92,7 @@ def main(
             pipeline=pipeline,
             router=network,
             out=output or default_path(),
-            clip=clip,
+            text_encoder=text_encoder,
             loras=[open_lora(each) for each in loras],
             precision=precision,
             fresh=force,
@@ -115,17 +120,17 @@ def main(
 
 
 def _sources(
-    starter: Path | None, edge_model: str | None, clip: Path | None, router: Path | None
-) -> tuple[Pipeline, Path | None, RouterFolder]:
+    starter: Path | None, edge_model: str | None, text_encoder: str | None, router: Path | None
+) -> tuple[Pipeline, str | None, RouterFolder]:
     """Find what is exported: whatever is not named is the starter's."""
-    if not (edge_model and router) or starter:
+    if router is None:
         starter = starter or _starter()
-        clip, router = clip or starter / "clip", router or starter / "router"
+        router, text_encoder = starter / "router", text_encoder or str(starter / "clip")
     if edge_model:
         pipeline = open_pipeline(edge_model)
     else:
-        pipeline = open_pipeline(f"{starter}/edge", name="starter-edge")
-    return pipeline, clip, open_router(router)
+        pipeline = open_pipeline(f"{starter or _starter()}/edge", name="starter-edge")
+    return pipeline, text_encoder, open_router(router)
 
 
 def _export(silent: bool, **job: Any) -> tuple[Path, Sequence[Row]]:

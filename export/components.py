@@ -1,4 +1,7 @@
-"""How each network beside the denoiser becomes ONNX: its torch module, tracing, parity inputs."""
+"""How each network beside the denoiser becomes ONNX: its torch module, tracing, parity inputs.
+
+optimum traces what it knows, AutoencoderKL; torch.onnx traces the rest.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +11,41 @@ import torch
 from torch import Tensor, nn
 
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.predictor import Predictor
-from export.network import MAX_BATCH, Network, trace_by_running, trace_symbolically
-from export.text import OpenClipTower, TextTower
+from cloud_server.training.predictor import LinearPredictor, Predictor
+from cloud_server.training.towers import Tower
+from export.network import MAX_BATCH, OPSET, Network, trace_symbolically
 
 guard()
 from diffusers import AutoencoderKL, AutoencoderTiny  # noqa: E402  the guard must come first
+from optimum.exporters.onnx.convert import export as optimum_export  # noqa: E402
+from optimum.exporters.onnx.model_configs import VaeDecoderOnnxConfig  # noqa: E402
 
 
 class _Decoder(nn.Module):
     def __init__(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
         super().__init__()
         self.vae = vae
+        self.config = vae.config  # optimum looks for it
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         return self.vae.decode(latent_sample, return_dict=False)[0]
 
 
-def text_encoder(tower: TextTower | OpenClipTower) -> Network:
-    """Token ids (B, n) to hidden states (B, n, d), the pooled state (B, d) and what else it has."""
+def text_encoder(tower: Tower, longest: int) -> Network:
+    """Token ids (B, n), n up to `longest`, to the tower's outputs: states (B, n, d), pooled (B, d),
+
+    and the states before the last layer where the denoiser reads those.
+    """
     rng = torch.Generator().manual_seed(0)
 
     def prompts(batch: int, length: int) -> Tensor:
-        end = tower.vocab_size - 1
-        ids = torch.randint(end - 1, (batch, length), generator=rng)
-        # Prompts end somewhere, each in another place.
-        ids[torch.arange(batch), torch.randint(1, length, (batch,), generator=rng)] = end
+        ids = torch.randint(tower.vocab_size - 2, (batch, length), generator=rng)
+        if tower.end_id is not None:
+            # Prompts end somewhere, each in another place.
+            ends = torch.randint(1, length, (batch,), generator=rng)
+            ids[torch.arange(batch), ends] = tower.end_id
         return ids
 
-    longest = tower.context_length
     dims = {0: torch.export.Dim("batch", max=MAX_BATCH), 1: torch.export.Dim("length", max=longest)}
 
     def trace(file: Path) -> None:
@@ -47,7 +56,7 @@ def text_encoder(tower: TextTower | OpenClipTower) -> Network:
     return Network(tower, names, outputs, trace, samples)
 
 
-def predictor(model: Predictor, context_length: int) -> Network:
+def predictor(model: Predictor | LinearPredictor, context_length: int) -> Network:
     """Hidden states (B, n, d) and the mask (B, n) of prompt tokens to D (B, k)."""
     config = model.config
     rng = torch.Generator().manual_seed(0)
@@ -55,20 +64,18 @@ def predictor(model: Predictor, context_length: int) -> Network:
     def prompts(batch: int, length: int) -> tuple[Tensor, Tensor]:
         mask = torch.zeros(batch, length)
         for row in mask:
-            row[1 : int(torch.randint(2, length, (), generator=rng))] = 1
+            row[1 : int(torch.randint(2, length + 1, (), generator=rng))] = 1
         return torch.randn(batch, length, config.width, generator=rng), mask
 
-    least = max(config.top_k, 2)  # fewer tokens than the gates pick make another graph
     batch = torch.export.Dim("batch", max=MAX_BATCH)
-    length = torch.export.Dim("length", min=least, max=context_length)
+    length = torch.export.Dim("length", min=2, max=context_length)
     dims = ({0: batch, 1: length}, {0: batch, 1: length})
 
     def trace(file: Path) -> None:
         trace_symbolically(model, prompts(2, context_length - 1), file, names, outputs, dims)
 
     names, outputs = ("hidden", "mask"), ("d",)
-    short = max(least + 1, context_length // 2)
-    samples = [prompts(1, context_length), prompts(5, context_length), prompts(1, short)]
+    samples = [prompts(1, context_length), prompts(5, context_length), prompts(1, 2)]
     return Network(model, names, outputs, trace, samples)
 
 
@@ -82,8 +89,8 @@ def vae_decoder(vae: AutoencoderKL | AutoencoderTiny, size: int) -> Network:
 
     def trace(file: Path) -> None:
         if isinstance(vae, AutoencoderKL):
-            axes = {name: {0: "batch", 2: "height", 3: "width"} for name in (*names, *outputs)}
-            trace_by_running(decoder, (latents(2, size, size + 1),), file, names, outputs, axes)
+            config = VaeDecoderOnnxConfig(vae.config, task="semantic-segmentation")
+            optimum_export(decoder, config, file, opset=OPSET)
             return
         h, w = torch.export.Dim("h", max=512), torch.export.Dim("w", max=512)
         dims = {0: torch.export.Dim("batch", max=MAX_BATCH), 2: h, 3: w}

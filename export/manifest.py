@@ -10,12 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from cloud_server.torchvision_guard import guard
+from cloud_server.training.encoders import TextEncoder
 from edge_agent.bundle import FORMAT
 from edge_agent.diffusion.samplers import BY_DEFAULT
 from export.bundle_writer import ROUTER_TEXT, BundleWriter, tokenizer_file
 from export.files import digest_of
 from export.sources import Pipeline, RouterFolder
-from export.text import Texts, TextTokenizer
+from export.text import Texts
 
 guard()
 import diffusers  # noqa: E402  the guard must come first
@@ -36,8 +37,7 @@ def manifest(
         "created_by": f"routet2i-edge {_version()}",
         "created_at": created_at.isoformat(timespec="seconds"),
         "tokenizers": {
-            name: _tokenizer(writer, name, source.tokenizer)
-            for name, source in texts.sources.items()
+            name: _tokenizer(writer, name, encoder) for name, encoder in texts.encoders.items()
         },
         "diffusion": {
             "family": pipeline.family.name,
@@ -60,13 +60,13 @@ def manifest(
     }
 
 
-def _tokenizer(writer: BundleWriter, component: str, tokenizer: TextTokenizer) -> dict[str, Any]:
+def _tokenizer(writer: BundleWriter, component: str, encoder: TextEncoder) -> dict[str, Any]:
     name = tokenizer_file(component)
     return {
         "file": name,
-        **asdict(writer.add_file(name, tokenizer.json)),
-        "context_length": tokenizer.context_length,
-        "pad_id": tokenizer.pad_id,
+        **asdict(writer.add_file(name, encoder.json)),
+        "context_length": encoder.context_length,
+        "pad_id": encoder.tower.pad_id,
     }
 
 

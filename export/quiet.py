@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 KNOWN_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
-    # Networks that branch on sizes need torch's older exporter.
+    # Networks that branch on sizes need torch's older exporter, as optimum does.
     (DeprecationWarning, "You are using the legacy TorchScript-based ONNX export"),
     (DeprecationWarning, "The feature will be removed. Please remove usage of this function"),
     (DeprecationWarning, r"`torch\.jit\.script` is deprecated"),

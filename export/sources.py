@@ -292,7 +292,7 @@ def open_router(folder: Path) -> RouterFolder:
         if not (folder / needed).is_file():
             raise ExportError(
                 f"'{folder}' is no router: it has no {needed}; "
-                "pass the folder that cloud-server train-starter router wrote"
+                "pass the folder that cloud-server train-router wrote"
             )
     config, spec = read_json(folder / "config.json"), read_json(folder / "router.json")
     if config.get("experts") != len(spec.get("metrics", ())):
@@ -303,7 +303,7 @@ def open_router(folder: Path) -> RouterFolder:
     if len(spec.get("text_probe", {}).get("state", ())) != config["width"]:
         raise ExportError(
             f"the router.json in '{folder}' has no text_probe to know its text encoder by; "
-            "train it again with cloud-server train-starter router"
+            "train it again with cloud-server train-router"
         )
     return RouterFolder(folder, int(config["width"]), spec)
 

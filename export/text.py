@@ -1,4 +1,4 @@
-"""The text encoders of a bundle: weights, tokenizers, and whether two of them are one."""
+"""The text encoders of a bundle: of the pipeline, of the router, and whether some are one."""
 
 from __future__ import annotations
 
@@ -7,39 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from cloud_server.errors import ModelError
 from cloud_server.torchvision_guard import guard
+from cloud_server.training.encoders import TextEncoder, assemble, open_encoder, read_tokenizer
+from cloud_server.training.towers import ClipTower
 from export.bundle_writer import DIFFUSION_TEXTS, ROUTER_TEXT
 from export.errors import ExportError
 from export.families import Family
 
 guard()
-import open_clip  # noqa: E402  the guard must come first
-import transformers  # noqa: E402
+import transformers  # noqa: E402  the guard must come first
 
 PROBES = ("", "two red apples to the left of a cat", "Ein Haus, 3 Bäume & 1 Auto!", "夜の城 🌙")
 SAME_COSINE = 0.9999  # weights stored in half precision stay above 0.99999
-OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 
 
-class TextTower(nn.Module):
-    """transformers' CLIP text model: ids (B, n) to hidden states (B, n, d) and pooled (B, d).
+class PipelineTower(ClipTower):
+    """The CLIP that a pipeline is conditioned by; pooled is projected where it has a projection.
 
-    With `penultimate` also to the states before the last layer, as they are. Pooled is the end
-    token's state, projected where the model has a projection.
+    With `penultimate` it also gives the states before the last layer (B, n, d), as they are.
     """
 
-    def __init__(self, encoder: transformers.PreTrainedModel, penultimate: bool = False) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.outputs = ("hidden", "pooled", "penultimate") if penultimate else ("hidden", "pooled")
-        self.width = int(encoder.config.hidden_size)
-        self.context_length = int(encoder.config.max_position_embeddings)
-        self.vocab_size = int(encoder.config.vocab_size)
+    def __init__(self, model: Any, pad_id: int, penultimate: bool) -> None:
+        super().__init__(model, pad_id)
+        if penultimate:
+            self.outputs = (*self.outputs, "penultimate")
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         penultimate = "penultimate" in self.outputs
@@ -49,154 +47,93 @@ class TextTower(nn.Module):
         return out.last_hidden_state, pooled, *states
 
 
-class OpenClipTower(nn.Module):
-    """open_clip's text tower with the same inputs and outputs as `TextTower`."""
-
-    text: Any
-    outputs = ("hidden", "pooled")
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.text = getattr(model, "text", model)  # some open_clip classes nest it, some do not
-        self.vocab_size, self.width = map(int, self.text.token_embedding.weight.shape)
-        self.context_length = len(self.text.positional_embedding)
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        batch, length = input_ids.shape
-        states = self.text.token_embedding(input_ids) + self.text.positional_embedding[:length]
-        mask = self.text.attn_mask[:length, :length]
-        states = self.text.ln_final(self.text.transformer(states, attn_mask=mask))
-        # The end of the text has the highest id; what follows it is padding.
-        return states, states[torch.arange(batch), input_ids.argmax(-1)]
-
-
-@dataclass(frozen=True, slots=True)
-class TextTokenizer:
-    """A tokenizer as the device reads it: `tokenizers` JSON without padding or truncation."""
-
-    json: str
-    context_length: int
-    pad_id: int
-    probes: Tensor  # ids of PROBES, padded  (P, context_length)
-
-
-@dataclass(frozen=True, slots=True)
-class TextSource:
-    """A text encoder with its tokenizer and the files its weights came from."""
-
-    tower: TextTower | OpenClipTower
-    tokenizer: TextTokenizer
-    files: Sequence[Path]
-
-
 @dataclass(frozen=True, slots=True)
 class Texts:
     """The text encoders of a bundle by component, and which of them the denoiser reads."""
 
-    sources: Mapping[str, TextSource]
+    encoders: Mapping[str, TextEncoder]
     diffusion: tuple[str, ...]
 
     @property
-    def router(self) -> TextSource:
+    def router(self) -> TextEncoder:
         """The text encoder that the router reads."""
-        return self.sources[ROUTER_TEXT]
+        return self.encoders[ROUTER_TEXT]
 
     @property
     def context_length(self) -> int:
         """Tokens of the denoiser's prompts."""
-        return self.sources[self.diffusion[0]].tokenizer.context_length
+        return self.encoders[self.diffusion[0]].context_length
 
     @property
     def width(self) -> int:
         """Width of the states of all the denoiser's encoders side by side."""
-        return sum(self.sources[name].tower.width for name in self.diffusion)
+        return sum(self.encoders[name].tower.width for name in self.diffusion)
 
 
-def read_texts(folder: Path, family: Family, *, clip: Path | None, original: Path) -> Texts:
-    """Load the text encoders of router and denoiser: one where they agree.
+def open_text(source: str | Path) -> TextEncoder:
+    """Open a text encoder in any format that a router can be trained on; raises ExportError."""
+    try:
+        return open_encoder(source)
+    except ModelError as err:
+        raise ExportError(str(err)) from err
 
-    The router reads that of the open_clip folder `clip`, or without it the first of the pipeline
-    as it was before LoRAs were merged, in `original`.
+
+def read_texts(folder: Path, family: Family, router: TextEncoder) -> Texts:
+    """Load the text encoders of the pipeline in `folder`, to go with the router's.
+
+    Where the router's is one of them, the pipeline's stands for both: it gives all that the
+    denoiser reads, and pads as the denoiser needs it. Raises ExportError.
     """
     own = from_pipeline(folder, family)
-    router = own[0]
-    if clip is not None or original != folder:
-        router = from_open_clip(clip) if clip else from_pipeline(original, family)[0]
-        router = next((each for each in own if are_one(router, each)), router)
-    sources, diffusion = {ROUTER_TEXT: router}, []
+    router = next((each for each in own if are_one(router, each)), router)
+    encoders, diffusion = {ROUTER_TEXT: router}, []
     for each, name in zip(own, DIFFUSION_TEXTS, strict=False):
         component = ROUTER_TEXT if each is router else name
-        sources[component] = each
+        encoders[component] = each
         diffusion.append(component)
-    return Texts(sources, tuple(diffusion))
+    return Texts(encoders, tuple(diffusion))
 
 
-def from_pipeline(folder: Path, family: Family) -> list[TextSource]:
-    """Load what a diffusers pipeline is conditioned by, in order."""
-    penultimate = family.text_states == "penultimate"
-    sources = []
+def from_pipeline(folder: Path, family: Family) -> list[TextEncoder]:
+    """Load what a diffusers pipeline is conditioned by, in order; raises ExportError."""
+    encoders = []
     for each in family.encoders:
         kind = getattr(transformers, each.kind)
-        encoder = kind.from_pretrained(folder / each.folder, dtype=torch.float32)
-        tower = TextTower(encoder, penultimate).eval()
-        tokenizer = read_tokenizer(folder / each.tokenizer, tower.context_length)
-        sources.append(TextSource(tower, tokenizer, (folder / each.folder,)))
-    return sources
-
-
-def from_open_clip(folder: Path) -> TextSource:
-    """Load the text tower of an open_clip folder; raises ExportError when it is none."""
-    for needed in OPEN_CLIP_FILES:
-        if not (folder / needed).is_file():
-            raise ExportError(
-                f"'{folder}' is no open_clip folder: it has no {needed}; "
-                "pass the one the router was trained with"
+        model = kind.from_pretrained(folder / each.folder, dtype=torch.float32)
+        try:
+            tokenizer = read_tokenizer(folder / each.tokenizer)
+            tower = PipelineTower(
+                model, int(tokenizer.pad_token_id), family.text_states == "penultimate"
             )
-    model = open_clip.create_model(f"local-dir:{folder.resolve()}", precision="fp32")
-    tower = OpenClipTower(model).eval()
-    tokenizer = read_tokenizer(folder, tower.context_length)
-    return TextSource(tower, tokenizer, [folder / name for name in OPEN_CLIP_FILES])
+            encoders.append(assemble(each.folder, tower, tokenizer, (folder / each.folder,)))
+        except ModelError as err:
+            raise ExportError(str(err)) from err
+    return encoders
 
 
-def read_tokenizer(folder: Path, longest: int) -> TextTokenizer:
-    """Read a CLIP tokenizer folder, with or without tokenizer.json; contexts end at `longest`."""
-    try:
-        tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as err:
-        raise ExportError(
-            f"'{folder}' holds no CLIP tokenizer (tokenizer.json or vocab.json and merges.txt); "
-            "fetch or train the model again"
-        ) from err
-    context_length = min(tokenizer.model_max_length, longest)
-    probes = tokenizer(
-        list(PROBES),
-        padding="max_length",
-        truncation=True,
-        max_length=context_length,
-        return_tensors="pt",
-    ).input_ids
-    core = tokenizer.backend_tokenizer
-    core.no_padding()
-    core.no_truncation()
-    return TextTokenizer(core.to_str(), context_length, int(tokenizer.pad_token_id), probes)
+def gives(encoder: TextEncoder, prompt: str, state: Sequence[float]) -> bool:
+    """Tell whether the pooled state of `prompt` is this one (d,), within half precision."""
+    similar = cosine_similarity(torch.tensor(encoder.state(prompt)), torch.tensor(state), dim=0)
+    return bool(similar >= SAME_COSINE)
 
 
 @torch.inference_mode()
-def gives(source: TextSource, prompt: str, state: Sequence[float]) -> bool:
-    """Tell whether the end token of `prompt` gets this state (d,), within half precision."""
-    tokenizer = Tokenizer.from_str(source.tokenizer.json)
-    ids = tokenizer.encode(prompt).ids
-    padding = [source.tokenizer.pad_id] * (source.tokenizer.context_length - len(ids))
-    end = source.tower(torch.tensor([ids + padding]))[0][0, len(ids) - 1]
-    wanted = torch.tensor(state)
-    return bool(cosine_similarity(end, wanted, dim=0) >= SAME_COSINE)
-
-
-@torch.inference_mode()
-def are_one(a: TextSource, b: TextSource) -> bool:
+def are_one(a: TextEncoder, b: TextEncoder) -> bool:
     """Tell whether two text encoders give the same states for the same prompts."""
-    probes = a.tokenizer.probes
-    if a.tower.width != b.tower.width or not torch.equal(probes, b.tokenizer.probes):
+    if a.tower.width != b.tower.width:
         return False
-    similar = cosine_similarity(a.tower(probes)[0], b.tower(probes)[0], dim=-1)
-    return bool(similar.min() >= SAME_COSINE)
+    for prompt in PROBES:
+        (words, states), (others, their_states) = _read(a, prompt), _read(b, prompt)
+        if not np.array_equal(words, others):
+            return False
+        similar = cosine_similarity(states, their_states, dim=-1)
+        if len(similar) and similar.min() < SAME_COSINE:
+            return False
+    return True
+
+
+def _read(encoder: TextEncoder, prompt: str) -> tuple[NDArray[np.int64], Tensor]:
+    """Return ids (n,) and states (n, d) of the words; one of the two may pad and the other not."""
+    tokens = encoder.tokenizer.encode(prompt)
+    states = encoder.tower(torch.from_numpy(tokens.input_ids))[0]
+    return tokens.input_ids[tokens.mask > 0], states[torch.from_numpy(tokens.mask) > 0]

@@ -95,7 +95,7 @@ def test_the_wheel_holds_the_packages_alone(wheel: Path) -> None:
         "cloud_server", "edge_agent", "export", "protos",
     }  # fmt: skip
     assert not any(name.endswith((".safetensors", ".onnx")) for name in names)
-    assert "cloud_server/training/metrics.toml" in names
+    assert "cloud_server/training/quality/metrics.toml" in names
     assert "protos/t2i/v1/image_generation_pb2.pyi" in names
 
 

@@ -17,15 +17,21 @@ from diffusers import (  # noqa: E402  the guard must come first
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 from transformers import (  # noqa: E402
+    BertConfig,
+    BertModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     CLIPTokenizerFast,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
 )
 from transformers.models.clip.tokenization_clip import bytes_to_unicode  # noqa: E402
 
-from cloud_server.training.predictor import Predictor, PredictorConfig  # noqa: E402
+from cloud_server.training.predictor import Predictor, PredictorConfig, save  # noqa: E402
 
 WORDS = ("a", "cat", "dog", "two", "red", "apples", "on", "grass", "above", "the", "beach", "and")
 CONTEXT = 32
@@ -166,7 +172,7 @@ def make_router(folder: Path, seed: int = 0, *, text_seed: int = 0, text_width: 
         state = encoder(ids).last_hidden_state[0, -1].tolist()
     torch.manual_seed(seed)
     config = PredictorConfig(width=text_width, hidden=text_width, low_rank=4, top_k=4)
-    Predictor(config).save(folder)
+    save(Predictor(config), folder)
     metrics = [
         {
             "name": name,
@@ -192,6 +198,48 @@ def make_router(folder: Path, seed: int = 0, *, text_seed: int = 0, text_width: 
     }
     (folder / "router.json").write_text(json.dumps(router, indent=1), encoding="utf-8")
     return folder
+
+
+def make_bert(folder: Path, seed: int = 0, width: int = 24) -> Path:
+    """Write a random BERT that knows `WORDS`, in Hugging Face's format, and return `folder`."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    save_word_tokenizer(folder, special, "[CLS] $A [SEP]", pad_token="[PAD]")
+    torch.manual_seed(seed)
+    BertModel(
+        BertConfig(
+            vocab_size=len(special) + len(WORDS),
+            hidden_size=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=2 * width,
+            max_position_embeddings=20,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_t5(folder: Path, seed: int = 0, width: int = 16) -> Path:
+    """Write a random T5 encoder that knows `WORDS`, and return `folder`."""
+    special = ["<pad>", "</s>", "[UNK]"]
+    save_word_tokenizer(folder, special, "$A </s>", pad_token="<pad>", eos_token="</s>")
+    torch.manual_seed(seed)
+    vocabulary = len(special) + len(WORDS)
+    heads = {"num_layers": 2, "num_heads": 2, "d_kv": 8}
+    config = T5Config(vocab_size=vocabulary, d_model=width, d_ff=2 * width, **heads)
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_word_tokenizer(folder: Path, special: list[str], frame: str, **tokens: str) -> None:
+    """Write a tokenizer of `special` tokens and `WORDS`, which puts prompts into a frame."""
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    framed = [(word, vocabulary[word]) for word in special]
+    core.post_processor = processors.TemplateProcessing(frame, special_tokens=framed)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", model_max_length=20, **tokens
+    ).save_pretrained(folder)
 
 
 def make_clip(folder: Path, seed: int = 0, width: int = 32) -> Path:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 CHECKPOINT_EVERY_S = 300.0
+SHOWN_EVERY = 20  # steps, whose mean is shown
 BAR = "{desc}: {percentage:5.1f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
 
 
@@ -101,7 +103,8 @@ def fit(
     Muon takes the place of AdamW for the weights in `hidden`, if any.
 
     `loss_fn(step)` draws its data from a generator seeded by the step, so that a resumed run sees
-    what an uninterrupted one would have seen. State lives in `work/<name>.pt`, replaced atomically.
+    what an uninterrupted one would have seen. State lives in `work/<name>.pt`, replaced atomically,
+    and what it shows is drawn over the steps in `work/<name>-losses.png`.
     `on_checkpoint` gets the model whose weights would be shipped at that moment.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -116,12 +119,16 @@ def fit(
         optimizers.append(KernelMuon(hidden, lr=lr, weight_decay=weight_decay))
     average = _Average(model, ema) if ema else None
     step, elapsed_s = 0, 0.0
+    shown_at: list[int] = []
+    history: dict[str, list[float]] = {}
+    recent: list[dict[str, float]] = []
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         step, elapsed_s = state["step"], state["elapsed_s"]
+        shown_at, history = state["shown_at"], state["history"]
         if average:
             average.load(state["average"])
 
@@ -131,11 +138,15 @@ def fit(
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step,
             "elapsed_s": elapsed_s,
+            "shown_at": shown_at,
+            "history": history,
             "average": average.weights if average else None,
         }
         partial = state_file.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, state_file)
+        if shown_at:
+            draw_losses(shown_at, history, work / f"{name}-losses.png")
         if on_checkpoint:
             with _shipped(model, average) as ready:
                 on_checkpoint(ready)
@@ -160,8 +171,14 @@ def fit(
             now = time.monotonic()
             elapsed_s = now - began
             bar.update(100.0 * min(1.0, budget.progress(step, elapsed_s)) - bar.n)
-            if step % 20 == 0:
-                bar.set_postfix({"step": step, **{k: f"{v:.4g}" for k, v in shown.items()}})
+            recent.append(shown)
+            if step % SHOWN_EVERY == 0:
+                means = {k: sum(one[k] for one in recent) / len(recent) for k in shown}
+                bar.set_postfix({"step": step, **{k: f"{v:.4g}" for k, v in means.items()}})
+                shown_at.append(step)
+                for key, value in means.items():
+                    history.setdefault(key, []).append(value)
+                recent.clear()
             if now - last > CHECKPOINT_EVERY_S:
                 checkpoint()
                 last = time.monotonic()
@@ -169,6 +186,20 @@ def fit(
     if average:
         average.copy_to(model)
     return model.eval()
+
+
+def draw_losses(steps: Sequence[int], history: dict[str, list[float]], file: Path) -> None:
+    """Draw every value that training shows over its steps, a panel each, as one PNG."""
+    figure = Figure(figsize=(4.0 * len(history), 3.2), layout="constrained")
+    for axes, (name, values) in zip(
+        figure.subplots(1, len(history), squeeze=False)[0], history.items(), strict=True
+    ):
+        axes.plot(steps, values, linewidth=1.2)
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+    partial = file.with_suffix(".partial")
+    figure.savefig(partial, format="png", dpi=120)
+    os.replace(partial, file)
 
 
 class KernelMuon(torch.optim.Muon):

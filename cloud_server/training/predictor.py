@@ -1,7 +1,9 @@
-"""The routing network: a dual-gate token-selection mixture of experts (RouteT2I, section 5.1).
+"""The routing network: from the text encoder's hidden states to D, one distance a quality metric.
 
-It reads the frozen text encoder's hidden states and predicts, for each quality metric, the
-normalised quality distance D_i in (0, 1) between the edge's picture and the cloud's.
+`Predictor` is RouteT2I's dual-gate token-selection mixture of experts (section 5.1).
+`LinearPredictor` is what a few hundred prompts can support. Both map the frozen encoder's states
+(B, n, d) and a mask (B, n), 1 on the prompt's own tokens, to D (B, k) in (0, 1), the normalised
+quality distances between the edge's picture and the cloud's; the device cannot tell them apart.
 """
 
 from __future__ import annotations
@@ -12,13 +14,18 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
 class PredictorConfig:
-    """Sizes: d `width`, k `experts` (one a metric), h `hidden`, l `low_rank`, K `top_k` tokens."""
+    """Sizes: d `width`, k `experts` (one a metric), h `hidden`, l `low_rank`, K `top_k` tokens.
+
+    `kind` is gated or linear; a linear one has no other sizes than d and k. The last three take
+    one idea of the paper away each, for its ablations.
+    """
 
     width: int = 192
     experts: int = 10
@@ -26,6 +33,10 @@ class PredictorConfig:
     low_rank: int = 32
     top_k: int = 4
     dropout: float = 0.1
+    kind: str = "gated"
+    single_gate: bool = False  # no G-: nothing can count against a token
+    all_tokens: bool = False  # no token selection: every token reaches every expert
+    single_metric: bool = False  # one expert and head on PRS, its answer repeated k times
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -40,59 +51,95 @@ class PredictorConfig:
 class Gate(nn.Module):
     """Each expert picks the K tokens it has most affinity with; the affinity is their weight."""
 
-    def __init__(self, config: PredictorConfig) -> None:
+    def __init__(self, config: PredictorConfig, experts: int) -> None:
         super().__init__()
-        self.top_k = config.top_k
-        self.embeddings = nn.Parameter(torch.randn(config.experts, config.width) * 0.05)  # E
+        self.top_k = None if config.all_tokens else config.top_k
+        self.embeddings = nn.Parameter(torch.randn(experts, config.width) * 0.05)  # E
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        affinity = (tokens @ self.embeddings.T).softmax(-1) * mask[..., None]  # A  (B, n, k)
-        best = affinity.topk(min(self.top_k, tokens.shape[1]), dim=1).values  # (B, K, k)
+        logits = tokens @ self.embeddings.T
+        # An expert without rivals would want every token alike, so it gets a neutral one.
+        affinity = logits.softmax(-1) if logits.shape[-1] > 1 else logits.sigmoid()
+        affinity = affinity * mask[..., None]  # A  (B, n, k)
+        if self.top_k is None:
+            return affinity
+        enough = F.pad(affinity, (0, 0, 0, self.top_k))  # a prompt may have fewer tokens than K
+        best = enough.topk(self.top_k, dim=1).values  # (B, K, k)
         return affinity * (affinity >= best[:, -1:])
 
 
 class Predictor(nn.Module):
-    """Hidden states (B, n, d) and a mask (B, n), 1 on prompt tokens, to D (B, k) in (0, 1)."""
+    """Token selection, positive and negative gate, factorised experts, contrast, one head each."""
 
     def __init__(self, config: PredictorConfig) -> None:
         super().__init__()
-        d, k, h, rank = config.width, config.experts, config.hidden, config.low_rank
+        k = 1 if config.single_metric else config.experts
+        d, h, rank = config.width, config.hidden, config.low_rank
         self.config = config
         self.norm, self.dropout = nn.LayerNorm(d), nn.Dropout(config.dropout)
-        self.gate_plus, self.gate_minus = Gate(config), Gate(config)
+        self.gate_plus = Gate(config, k)
         self.project_plus = nn.Parameter(torch.randn(k, d, rank) * d**-0.5)  # P+
-        self.project_minus = nn.Parameter(torch.randn(k, d, rank) * d**-0.5)  # P-
+        if not config.single_gate:
+            self.gate_minus = Gate(config, k)
+            self.project_minus = nn.Parameter(torch.randn(k, d, rank) * d**-0.5)  # P-
         self.scoring = nn.Parameter(torch.randn(k, rank, h) * rank**-0.5)  # S, shared by both
         self.heads = nn.Parameter(torch.randn(k, h) * h**-0.5)
         self.bias = nn.Parameter(torch.zeros(k))
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         tokens = self.dropout(self.norm(hidden))  # T  (B, n, d)
-        plus, minus = self.gate_plus(tokens, mask), self.gate_minus(tokens, mask)  # (B, n, k)
-        good = self._experts(tokens, plus, self.project_plus)  # T+  (B, n, h)
-        bad = self._experts(tokens, minus, self.project_minus)  # T-
-        contrast = (good - bad).sigmoid() - 0.5  # neutral tokens at 0 rather than at 1/2
-        picked = plus + minus
+        picked = self.gate_plus(tokens, mask)  # G+  (B, n, k)
+        contrast = self._experts(tokens, picked, self.project_plus)  # T+  (B, n, h)
+        if not self.config.single_gate:
+            minus = self.gate_minus(tokens, mask)  # G-
+            contrast = contrast - self._experts(tokens, minus, self.project_minus)  # T+ - T-
+            picked = picked + minus
+        contrast = contrast.sigmoid() - 0.5  # neutral tokens at 0 rather than at 1/2
         share = picked / picked.sum(1, keepdim=True).clamp_min(1e-6)
         pooled = torch.einsum("bnk,bnh->bkh", share, contrast)
-        return ((self.dropout(pooled) * self.heads).sum(-1) + self.bias).sigmoid()
+        d = ((self.dropout(pooled) * self.heads).sum(-1) + self.bias).sigmoid()
+        return d.expand(-1, self.config.experts)
 
     def _experts(self, tokens: Tensor, gate: Tensor, project: Tensor) -> Tensor:
         """Sum over the experts that picked a token: gate * T P_i S_i."""
         low = torch.einsum("bnd,kdl->bnkl", tokens, project) * gate[..., None]
         return torch.einsum("bnkl,klh->bnh", low, self.scoring)
 
-    def save(self, folder: Path) -> None:
-        """Write predictor.safetensors and config.json."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: weight.contiguous().cpu() for name, weight in self.state_dict().items()}
-        save_file(weights, folder / "predictor.safetensors")
-        (folder / "config.json").write_text(self.config.to_json(), encoding="utf-8")
 
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read what `save` wrote, ready to predict."""
-        config = PredictorConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
-        model = cls(config)
-        model.load_state_dict(load_file(folder / "predictor.safetensors"))
-        return model.eval()
+class LinearPredictor(nn.Module):
+    """A weighted sum of the mean state of the prompt's tokens and of how many they are."""
+
+    def __init__(self, config: PredictorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.zeros(config.experts, config.width + 1))
+        self.bias = nn.Parameter(torch.zeros(config.experts))
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        return F.linear(pooled(hidden, mask), self.weight, self.bias).sigmoid()
+
+
+def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return (B, d + 1): the mean state of the prompt's tokens, and the log of their number."""
+    count = mask.sum(1, keepdim=True).clamp_min(1.0)
+    return torch.cat([(mask[:, None] @ hidden)[:, 0] / count, count.log()], 1)
+
+
+def build(config: PredictorConfig) -> Predictor | LinearPredictor:
+    """Return a fresh network of the configured kind."""
+    return LinearPredictor(config) if config.kind == "linear" else Predictor(config)
+
+
+def save(model: Predictor | LinearPredictor, folder: Path) -> None:
+    """Write predictor.safetensors and config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.contiguous().cpu() for name, weight in model.state_dict().items()}
+    save_file(weights, folder / "predictor.safetensors")
+    (folder / "config.json").write_text(model.config.to_json(), encoding="utf-8")
+
+
+def load(folder: Path) -> Predictor | LinearPredictor:
+    """Read what `save` wrote, ready to predict."""
+    model = build(PredictorConfig.from_json((folder / "config.json").read_text(encoding="utf-8")))
+    model.load_state_dict(load_file(folder / "predictor.safetensors"))
+    return model.eval()

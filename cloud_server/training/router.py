@@ -1,148 +1,151 @@
-"""Train the router of a pair of models: labels, superiority, predictor, score digest.
+"""Learning to route: labels to mu, Gamma and D, and a predictor of D from prompts.
 
-Nothing here is drawn for the calibration: the threshold depends on predicted scores only, so the
-digest comes from many fresh prompts that no picture was made for.
+Two predictors can be learnt, the paper's gated mixture of experts and a linear one; which of them
+suits the labels is found out by cross-validation inside the training prompts.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
-from tqdm import tqdm
 
-from cloud_server.torchvision_guard import guard
-from cloud_server.training.label import (
-    Labels,
-    PipelinePainter,
-    folder_digest,
-    label,
-    sample_prompts,
-)
-from cloud_server.training.loop import Budget, fit
-from cloud_server.training.predictor import Predictor, PredictorConfig
-from cloud_server.training.quality import QualityScorer
-from edge_agent.routing.pareto import FLOOR, fit_gamma, prs, quality_distance
-from edge_agent.routing.policy import score_digest, threshold
+from cloud_server.errors import DataError
+from cloud_server.training.encoders import Features
+from cloud_server.training.gated import fit_gated
+from cloud_server.training.labels import Labels
+from cloud_server.training.linear import fit_columns
+from cloud_server.training.loop import Budget
+from cloud_server.training.predictor import LinearPredictor, Predictor, PredictorConfig, pooled
+from edge_agent.routing.pareto import dataset_gaps, fit_gamma, prs, quality_distance
 
-guard()
-from transformers import CLIPTextModel, CLIPTokenizerFast  # noqa: E402  the guard must come first
+Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
 
-BATCH = 64
-MAX_EPOCHS, MIN_STEPS = 40, 200  # after more, some hundred prompts are learnt by heart
-PROMPTS = {"cpu": 400, "cuda": 3000}
-PICTURES = {"cpu": 16, "cuda": 128}  # drawn at once
-HELD_OUT = 0.2
-DEFAULT_SHARE = 0.3
-ALIGNMENT_WEIGHT = 0.5  # what is drawn counts as much as how it looks
-PROBE = "two red apples to the left of a cat"
+BATCH = 256
+LEAST_PROMPTS = 10
+INNER_FOLDS = 5
+PREDICTORS = ("auto", "gated", "linear")
 
 
 @dataclass(frozen=True, slots=True)
-class Features:
-    """Frozen hidden states (N, n, d) and masks (N, n), 1 on the tokens of the prompt itself."""
+class Settings:
+    """Which predictor, auto being the better of the two, and the sizes of the gated one.
 
-    hidden: Tensor
-    mask: Tensor
+    The last three each take one idea of the paper away from the gated one.
+    """
 
-    def at(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return hidden states and masks of some prompts."""
-        return self.hidden[rows], self.mask[rows]
+    predictor: str = "auto"
+    hidden: int = 192
+    low_rank: int = 32
+    top_k: int = 4
+    dropout: float = 0.1
+    single_gate: bool = False
+    all_tokens: bool = False
+    single_metric: bool = False
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What goes into a PredictorConfig."""
+        return {key: value for key, value in asdict(self).items() if key != "predictor"}
 
 
-def train_router(
-    starter: Path,
-    out: Path,
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    """A trained predictor, and mu (2, k), Gamma and D (N, k) of the labels it was trained on."""
+
+    model: Predictor | LinearPredictor
+    mu: Floats
+    gamma: float
+    d: Floats
+    device: str
+
+    @torch.inference_mode()
+    def predict(self, features: Features) -> Floats:
+        """Return predicted D (N, k)."""
+        batches = zip(features.hidden.split(BATCH), features.mask.split(BATCH), strict=True)
+        model = self.model.to(self.device).eval()
+        d = [model(hidden.to(self.device), mask.to(self.device)).cpu() for hidden, mask in batches]
+        return torch.cat(d).double().numpy()
+
+
+def learn(
+    features: Features,
+    labels: Labels,
+    weights: Floats,
+    training: Rows,
+    seed: int,
+    *,
+    settings: Settings = Settings(),
     work: Path,
     budget: Budget,
-    seed: int,
     device: str,
-    *,
-    prompts: int | None = None,
-    seeds: int = 2,
-    calibration: int = 2000,
-    edge: Path | None = None,
-    cloud: Path | None = None,
-) -> None:
-    """Label prompts with both models, train the predictor and write it with router.json to `out`.
+    related: Floats | None = None,
+) -> Learned:
+    """Learn to predict D from the labels of the prompts in `training`, rows of all of them.
 
-    The models are `starter/edge` and `starter/cloud` unless given, judged by `starter/clip`. Both
-    draw `prompts` (400, or 3000 on a GPU) with `seeds` pictures each; `calibration` more prompts
-    are only predicted. Labels and training state stay in `work`, so that a killed run resumes.
+    `weights` (k,) are the metrics' in PRS. `related` (N, m), NaN where unknown, are qualities of
+    other models or metrics on the same prompts, which the linear predictor learns with.
+    `budget` bounds the gated predictor, each fit of a cross-validation getting its part. Raises
+    DataError for labels that nothing can be learnt from.
     """
-    torch.manual_seed(seed)
-    kind = torch.device(device).type
-    prompts = prompts or PROMPTS[kind]
-    edge, cloud = edge or starter / "edge", cloud or starter / "cloud"
-    scorer = QualityScorer.open(starter / "clip", device=device, alignment=ALIGNMENT_WEIGHT)
-    sampled = sample_prompts(prompts + calibration, seed)
-    texts = [prompt.text for prompt in sampled]
-    painters = PipelinePainter(edge, device), PipelinePainter(cloud, device)
-    labels = label(
-        *painters,
-        scorer,
-        texts[:prompts],
-        range(seeds),
-        work,
-        judge=folder_digest(starter / "clip"),
-        batch=PICTURES[kind],
-    )
-    digests = [painter.digest for painter in painters]
-    del painters
-
-    weights = np.array([metric.weight for metric in scorer.metrics])
-    weights = weights / weights.sum()
-    order = np.random.default_rng(seed).permutation(prompts)
-    held_out, training = np.split(order, [max(1, round(HELD_OUT * prompts))])
+    check(labels)
     mu, gamma, d = distances(labels, training)
-    features = encode(edge, texts, device)
-    model = fit_predictor(features, d, weights, training, labels.digest, work, budget, seed, device)
-    predicted = prs(predict(model, features, device), weights)
-    digest = score_digest(1.0 - predicted[prompts:])
+    kind = settings.predictor
+    if kind == "auto":
+        part = None if budget.minutes is None else budget.minutes / (INNER_FOLDS + 1)
+        budget = replace(budget, minutes=part)
 
-    report(predicted[:prompts], prs(d, weights), [p.objects for p in sampled[:prompts]], held_out)
-    limit = threshold(digest, DEFAULT_SHARE)
-    sent = np.mean(1.0 - predicted[held_out] > limit)
-    print(f"share {DEFAULT_SHARE:.0%}: threshold {limit:.3f}, sends {sent:.0%} of held-out prompts")
+    def fit(kind: str, rows: Rows) -> Learned:
+        model: Predictor | LinearPredictor
+        if kind == "linear":
+            model = _fit_linear(features, labels, mu, gamma, rows, related)
+        else:
+            model = fit_gated(features, d, weights, rows, seed, sizes=settings.sizes, work=work,
+                              budget=budget, device=device)  # fmt: skip
+        return Learned(model, mu, gamma, d, device)
 
-    facts = {
-        "metrics": [
-            {
-                "name": metric.name,
-                "positive": metric.positive,
-                "negative": metric.negative,
-                "weight": float(weight),
-                "mu_edge": float(mu_edge),
-                "mu_cloud": float(mu_cloud),
-            }
-            for metric, weight, mu_edge, mu_cloud in zip(scorer.metrics, weights, *mu, strict=True)
-        ],
-        "gamma": gamma,
-        "floor": FLOOR,
-        "score_digest": digest,
-        "default_share": DEFAULT_SHARE,
-        "top_k": model.config.top_k,
-        "edge_model": f"{edge.name}@{digests[0][:12]}",
-        "cloud_model": f"{cloud.name}@{digests[1][:12]}",
-        "text_probe": {"prompt": PROBE, "state": text_state(edge, PROBE, device)},
-        "seed": seed,
-    }
-    save_router(model, facts, out)
+    if kind == "auto":
+        folds = np.array_split(np.random.default_rng(seed).permutation(training), INNER_FOLDS)
+        gains = {
+            kind: _gains(fit, kind, features, d, weights, folds) for kind in ("linear", "gated")
+        }
+        more = gains["gated"] - gains["linear"]
+        # The larger one has to be better by more than chance.
+        kind = "gated" if more.mean() > more.std() / len(more) ** 0.5 else "linear"
+    return fit(kind, training)
 
 
-def distances(
-    labels: Labels, training: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], float, NDArray[np.float64]]:
+def _gains(
+    fit: Callable[[str, Rows], Learned],
+    kind: str,
+    features: Features,
+    d: Floats,
+    weights: Floats,
+    folds: list[Rows],
+) -> Floats:
+    """Return what each prompt adds to the area gained over random routing, out of fold.
+
+    The area is Cov(1 - PRS, rank of the predicted score), the Qini area of a ranking by uplift.
+    """
+    gains = []
+    for held_out in folds:
+        rows = np.concatenate([fold for fold in folds if fold is not held_out])
+        predicted = prs(fit(kind, rows).predict(features.some(held_out)), weights)
+        true = prs(d[held_out], weights)
+        rank = np.searchsorted(np.sort(predicted), predicted, "left") + np.searchsorted(
+            np.sort(predicted), predicted, "right"
+        )  # ties get their mean rank
+        gains.append((true - true.mean()) * (rank / (2 * len(rank)) - 0.5))
+    return np.concatenate(gains)
+
+
+def distances(labels: Labels, training: Rows) -> tuple[Floats, float, Floats]:
     """Return mu (2, k) and Gamma of the training prompts, and D (N, k) of all.
 
     Qualities are averaged over seeds first: D of an average is less noisy than an average of D.
@@ -154,110 +157,52 @@ def distances(
     return np.stack([mu_edge, mu_cloud]), gamma, d
 
 
-@torch.inference_mode()
-def encode(model: Path, prompts: Sequence[str], device: str) -> Features:
-    """Run the text encoder of a diffusers folder on prompts."""
-    # As on the device, control tokens that were typed are text; the slow class cannot do that.
-    tokenizer = CLIPTokenizerFast.from_pretrained(model / "tokenizer", split_special_tokens=True)
-    encoder = CLIPTextModel.from_pretrained(model / "text_encoder", torch_dtype=torch.float32)
-    encoder.to(device).eval()
-    hidden, masks = [], []
-    for start in tqdm(range(0, len(prompts), BATCH), desc="prompts", mininterval=2.0):
-        rows = list(prompts[start : start + BATCH])
-        tokens = tokenizer(rows, padding="max_length", truncation=True, return_tensors="pt")
-        position = torch.arange(tokens.input_ids.shape[1])
-        last = tokens.attention_mask.sum(1, keepdim=True) - 1  # the end token
-        masks.append(((position > 0) & (position < last)).float())
-        hidden.append(encoder(tokens.input_ids.to(device)).last_hidden_state.cpu())
-    return Features(torch.cat(hidden), torch.cat(masks))
-
-
-def text_state(model: Path, prompt: str, device: str) -> list[float]:
-    """Return the end token's state (d,): by it an export knows the text encoder of the router."""
-    features = encode(model, [prompt], device)
-    end = int(features.mask[0].sum()) + 1
-    return [round(value, 4) for value in features.hidden[0, end].tolist()]
-
-
-def fit_predictor(
+def _fit_linear(
     features: Features,
-    d: NDArray[np.float64],
-    weights: NDArray[np.float64],
-    training: NDArray[np.int64],
-    name: str,
-    work: Path,
-    budget: Budget,
-    seed: int,
-    device: str,
-) -> Predictor:
-    """Train the predictor on D (N, k): soft-label cross-entropy per metric and MSE on PRS."""
-    most = max(MIN_STEPS, MAX_EPOCHS * len(training) // BATCH)
-    config = PredictorConfig(width=features.hidden.shape[-1], experts=d.shape[1])
-    model = Predictor(config)
-    labels = torch.from_numpy(d).float()
-    w = torch.from_numpy(weights).float().to(device)
-
-    def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = np.random.default_rng([seed, step])
-        rows = rng.choice(training, min(BATCH, len(training)), replace=False)
-        hidden, mask, truth = (x.to(device) for x in (*features.at(rows), labels[rows]))
-        guess = model(hidden, mask)
-        by_metric = F.binary_cross_entropy(guess, truth)
-        overall = F.mse_loss(guess @ w, truth @ w)
-        return by_metric + 4.0 * overall, {"bce": by_metric.item(), "prs": overall.item() ** 0.5}
-
-    fit(
-        f"router-{name}-{seed}",
-        model,
-        loss_fn,
-        lr=1e-3,
-        budget=replace(budget, steps=min(budget.steps or most, most)),
-        work=work,
-        device=device,
-        ema=0.98,
-        warmup=50,
-        weight_decay=0.1,
-    )
-    return model
+    labels: Labels,
+    mu: Floats,
+    gamma: float,
+    training: Rows,
+    related: Floats | None,
+) -> LinearPredictor:
+    """Put predicted gaps into the formula of D: before its sigmoid that is linear too."""
+    q_edge, q_cloud = labels.q.mean(axis=2)
+    count = q_edge.shape[1]
+    columns = np.concatenate([q_edge, q_cloud, *([] if related is None else [related])], axis=1)
+    inputs = pooled(features.hidden[training], features.mask[training]).double().numpy()
+    fit = fit_columns(inputs, columns[training])
+    scale = gamma * dataset_gaps(*mu)
+    config = PredictorConfig(features.hidden.shape[-1], count, kind="linear")
+    model = LinearPredictor(config)
+    gap_weight = (fit.weight[:, :count] - fit.weight[:, count : 2 * count]) / scale
+    gap_bias = (fit.bias[:count] - fit.bias[count : 2 * count]) / scale
+    model.load_state_dict({
+        "weight": torch.from_numpy(gap_weight.T).float(),
+        "bias": torch.from_numpy(gap_bias).float(),
+    })  # fmt: skip
+    return model.eval()
 
 
-@torch.inference_mode()
-def predict(model: Predictor, features: Features, device: str) -> NDArray[np.float64]:
-    """Return predicted D (N, k)."""
-    batches = zip(features.hidden.split(BATCH), features.mask.split(BATCH), strict=True)
-    d = [model(hidden.to(device), mask.to(device)).cpu() for hidden, mask in batches]
-    return torch.cat(d).double().numpy()
-
-
-def report(
-    predicted: NDArray[np.float64],
-    true: NDArray[np.float64],
-    objects: Sequence[int],
-    held_out: NDArray[np.int64],
-) -> None:
-    """Print how well PRS is predicted, and how often the cloud wins by number of objects."""
-    kinds = np.array(objects)
-    print(
-        f"\nprs: correlation of predicted and true {_correlation(predicted, true, held_out):.3f} "
-        f"on {len(held_out)} held-out prompts; mean {true.mean():.3f}, spread {true.std():.3f}"
-    )
-    for count in sorted(set(objects)):
-        mine = true[kinds == count]
-        print(f"{count} object(s): the cloud is better on {np.mean(mine < 0.5):.0%} of {len(mine)}")
-
-
-def _correlation(a: NDArray[np.float64], b: NDArray[np.float64], rows: NDArray[np.int64]) -> float:
-    if len(rows) < 2 or a[rows].std() == 0 or b[rows].std() == 0:
-        return float("nan")
-    return float(np.corrcoef(a[rows], b[rows])[0, 1])
-
-
-def save_router(model: Predictor, facts: dict[str, Any], out: Path) -> None:
-    """Write predictor.safetensors, config.json and router.json, replacing `out` as a whole."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save(partial)
-    (partial / "router.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(partial, out)
+def check(labels: Labels) -> None:
+    """Raise DataError where nothing can be learnt from labels, and say why."""
+    prompts = labels.q.shape[1]
+    if prompts < LEAST_PROMPTS:
+        raise DataError(
+            f"there are labels of {prompts} prompt{'s' * (prompts != 1)} only, and training needs "
+            f"{LEAST_PROMPTS} at least, better hundreds; label more prompts"
+        )
+    if not np.isfinite(labels.q).all():
+        model, prompt, _, metric = np.argwhere(~np.isfinite(labels.q))[0]
+        raise DataError(
+            f"the quality of the {('edge', 'cloud')[model]}'s picture of "
+            f"{labels.prompts[prompt]!r} on {labels.metrics[metric]} is not a number; label it "
+            "again or leave the prompt out"
+        )
+    for name, q in zip(labels.metrics, np.moveaxis(labels.q, -1, 0), strict=True):
+        if q.min() < 0 or q.max() > 1:
+            worst = q.max() if q.max() > 1 else q.min()
+            raise DataError(
+                f"the metric {name} has the value {worst:g}, but qualities lie between 0 and 1; "
+                "scale it first"
+            )
+    labels.check_trainable()

@@ -6,10 +6,10 @@ Every way in which that can fail ends here as one of the CloudError family.
 from __future__ import annotations
 
 import io
-import json
+import math
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -56,24 +56,9 @@ _REFUSALS = frozenset(
         grpc.StatusCode.UNAUTHENTICATED,
     }
 )
-
-# Only UNAVAILABLE means "not begun"; gRPC itself never retries once anything was received, and the
-# deadline of a call covers all its attempts. Throttling keeps a dead server from being asked often.
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": _SERVICE}],
-            "retryPolicy": {
-                "maxAttempts": 3,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "1s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-    "retryThrottling": {"maxTokens": 10, "tokenRatio": 1},
-}
+# Before the second and the third attempt. gRPC could retry by itself, but would not tell whether an
+# attempt before the last one had sent the request, which then may have been drawn and must be paid.
+_PAUSES_S = (0.2, 0.4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +86,14 @@ class Capabilities:
     version: str
 
 
+@dataclass(slots=True)
+class _Answer:
+    """What came of a request so far."""
+
+    image: pb.Image | None = None
+    begun: bool = False
+
+
 class CloudClient:
     """Draws on the server at `address` (HOST:PORT). Safe to share between threads; `close` it.
 
@@ -124,8 +117,7 @@ class CloudClient:
             self.address,
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-                ("grpc.enable_retries", 1),
+                ("grpc.enable_retries", 0),
                 # How long one attempt to connect may take, despite the name; 20 s by default.
                 ("grpc.min_reconnect_backoff_ms", round(1000 * connect_s)),
                 ("grpc.initial_reconnect_backoff_ms", 200),
@@ -166,6 +158,7 @@ class CloudClient:
     ) -> Picture:
         """Draw `request` with `seed`, in at most `deadline_s` (default 60) including connecting.
 
+        A server that cannot be reached is asked up to three times, until a first event came.
         `on_event` gets Queued and Step as they come. Raises Unreachable, Refused, DeadlineExceeded,
         Misbehaved; Cancelled within a moment of `cancellation`. Asking again with the same
         `request_id` does not draw twice.
@@ -174,31 +167,62 @@ class CloudClient:
             raise Cancelled("the picture was cancelled")
         begun = time.monotonic()
         limit_s = DEFAULT_DEADLINE_S if deadline_s is None else deadline_s
-        call = self._stub.Generate(_message(request, request_id, seed), timeout=max(limit_s, 0.0))
-        if cancellation is not None:
-            cancellation.on_cancel(call.cancel)
-        try:
-            with self._errors(limit_s):
-                answer = _follow(call, on_event)
-        except CloudError:
-            if cancellation is not None and cancellation.cancelled:
-                raise Cancelled("the picture was cancelled") from None
-            raise
-        finally:
-            call.cancel()  # no effect on a call that is over
-        if answer is None:
+        message = _message(request, request_id, seed)
+        maybe_drawn = False
+        for pause_s in (*_PAUSES_S, math.inf):
+            answer = _Answer()
+            try:
+                left_s = max(begun + limit_s - time.monotonic(), 0.0)
+                with self._errors(limit_s):
+                    self._ask(message, left_s, answer, on_event, cancellation)
+                break
+            except CloudError as error:
+                if cancellation is not None and cancellation.cancelled:
+                    raise Cancelled("the picture was cancelled") from None
+                maybe_drawn |= error.maybe_drawn
+                late = time.monotonic() + pause_s > begun + limit_s
+                if answer.begun or late or not _worth_asking_again(error):
+                    error.maybe_drawn = maybe_drawn
+                    raise
+            time.sleep(pause_s)
+        if answer.image is None:
             raise Misbehaved(f"the server at {self.address} ended its answer without a picture")
-        image = self._decode(answer, request, seed)
+        image = self._decode(answer.image, request, seed)
         return Picture(
             image=image,
-            model=answer.model,
+            model=answer.image.model,
             seed=seed,
             width=image.width,
             height=image.height,
-            steps=answer.steps,
-            guidance=answer.guidance,
-            timings_ms={**answer.timings_ms, "total": 1000 * (time.monotonic() - begun)},
+            steps=answer.image.steps,
+            guidance=answer.image.guidance,
+            timings_ms={**answer.image.timings_ms, "total": 1000 * (time.monotonic() - begun)},
         )
+
+    def _ask(
+        self,
+        message: pb.GenerateRequest,
+        timeout_s: float,
+        answer: _Answer,
+        on_event: OnEvent | None,
+        cancellation: Cancellation | None,
+    ) -> None:
+        """Send the request once and fill `answer` with what comes."""
+        call = self._stub.Generate(message, timeout=timeout_s)
+        forget = cancellation.on_cancel(call.cancel) if cancellation else lambda: None
+        try:
+            for event in call:
+                answer.begun = True
+                kind = event.WhichOneof("event")
+                if kind == "image":
+                    answer.image = event.image
+                elif on_event is not None and kind == "queued":
+                    on_event(Queued(event.queued.position))
+                elif on_event is not None and kind == "step":
+                    on_event(Step(event.step.index, event.step.total))
+        finally:
+            forget()
+            call.cancel()  # no effect on a call that is over
 
     def healthy(self, timeout_s: float = CONNECT_S) -> bool:
         """Whether the server says, within `timeout_s`, that it serves pictures now."""
@@ -309,17 +333,11 @@ def _message(request: Request, request_id: str, seed: int) -> pb.GenerateRequest
         raise ConfigError(f"the request cannot be sent: {error}; choose another value") from error
 
 
-def _follow(call: Iterable[pb.GenerateEvent], on_event: OnEvent | None) -> pb.Image | None:
-    image = None
-    for event in call:
-        kind = event.WhichOneof("event")
-        if kind == "image":
-            image = event.image
-        elif on_event is not None and kind == "queued":
-            on_event(Queued(event.queued.position))
-        elif on_event is not None and kind == "step":
-            on_event(Step(event.step.index, event.step.total))
-    return image
+def _worth_asking_again(error: CloudError) -> bool:
+    """Whether the server may be back in a moment: only UNAVAILABLE means that it had not begun."""
+    cause = error.__cause__
+    unavailable = isinstance(cause, grpc.RpcError) and cause.code() is grpc.StatusCode.UNAVAILABLE
+    return unavailable and isinstance(error, Unreachable)
 
 
 def _retry_after_s(pushback: str | bytes | None) -> float | None:

@@ -50,40 +50,47 @@ class Encoded:
 
 
 class Tokenizer:
-    """CLIP's tokenizer: start token, prompt, end token, padding, always `context_length` long."""
+    """A text encoder's own tokenizer: the prompt's tokens in the frame that the model expects.
 
-    def __init__(self, file: Path, context_length: int, pad_id: int) -> None:
+    Up to `context_length` tokens; shorter prompts are filled up with `pad_id`, if there is one.
+    Training reads prompts with this class too, so that ids and masks agree.
+    """
+
+    def __init__(self, file: Path, context_length: int, pad_id: int | None) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            # CLIP frames a prompt by start and end, BERT by [CLS] and [SEP], T5 has an end only.
+            framed = self._tokenizer.encode("a")
         except Exception as error:  # the library raises nothing narrower
             raise BundleError(
                 f"the tokenizer {file} cannot be read ({error}); {REBUILD}"
             ) from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         # Someone who types "<|endoftext|>" means those characters, not the end of the prompt.
         self._tokenizer.encode_special_tokens = True
-        frame = self._tokenizer.encode("").ids
-        if len(frame) != 2:
-            raise BundleError(
-                f"the tokenizer {file} puts {len(frame)} tokens around a prompt instead of a start "
-                f"and an end token; {REBUILD}"
-            )
-        self._start, self._end = frame
+        words = [i for i, added in enumerate(framed.special_tokens_mask) if not added]
+        if not words:
+            raise BundleError(f"the tokenizer {file} finds no token in a word; {REBUILD}")
+        self._before, self._after = framed.ids[: words[0]], framed.ids[words[-1] + 1 :]
         self.context_length = context_length
         self.pad_id = pad_id
 
     def encode(self, prompt: str) -> Tokens:
         """Split a prompt into tokens; those beyond the context are dropped and counted."""
+        before, after = self._before, self._after
         ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
         # A vocabulary may use a control token for what it does not know.
-        ids = [i for i in ids if i not in (self._start, self._end)]
-        kept = ids[: self.context_length - 2]
-        row = np.full((1, self.context_length), self.pad_id, np.int64)
-        row[0, : len(kept) + 2] = [self._start, *kept, self._end]
-        mask = np.zeros((1, self.context_length), np.float32)
-        mask[0, 1 : len(kept) + 1] = 1.0
-        return Tokens(row, mask, len(ids) - len(kept))
+        ids = [i for i in ids if i not in before and i not in after]
+        kept = ids[: self.context_length - len(before) - len(after)]
+        row = [*before, *kept, *after]
+        mask = [0.0] * len(before) + [1.0] * len(kept) + [0.0] * len(after)
+        if not row:  # a network needs something to read
+            row, mask = [0], [0.0]
+        if self.pad_id is not None:
+            empty = self.context_length - len(row)
+            row, mask = row + [self.pad_id] * empty, mask + [0.0] * empty
+        return Tokens(np.array([row], np.int64), np.array([mask], np.float32), len(ids) - len(kept))
 
 
 class TextEncoder:

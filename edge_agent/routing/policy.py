@@ -26,12 +26,13 @@ def score_digest(scores: ArrayLike) -> list[float]:
     return [float(score) for score in ordered[ranks]]
 
 
-def threshold(digest: Sequence[float], share: float) -> float:
+def threshold(digest: Sequence[float], share: float, *, capped: bool = True) -> float:
     """Return 1 - alpha for a share rho of prompts sent to the cloud.
 
     Quantiles are rounded up, so that among the scores the digest was made of at most `share` lie
-    above the result. It is never below 1/2: better drawn on the edge stays on the edge. Share 0
-    gives 1, which no score exceeds. Raises ConfigError for a share outside 0..1.
+    above the result. It is never below 1/2: better drawn on the edge stays on the edge; only
+    curves over all shares want it without that cap. Share 0 gives 1, which no score exceeds.
+    Raises ConfigError for a share outside 0..1.
     """
     if not 0.0 <= share <= 1.0:
         raise ConfigError(
@@ -40,4 +41,5 @@ def threshold(digest: Sequence[float], share: float) -> float:
         )
     if share == 0.0:
         return 1.0
-    return max(0.5, digest[ceil((1.0 - share) * (len(digest) - 1))])
+    limit = digest[ceil((1.0 - share) * (len(digest) - 1))]
+    return max(0.5, limit) if capped else limit

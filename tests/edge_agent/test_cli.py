@@ -296,6 +296,7 @@ def test_doctor_reports_bundle_networks_and_where_settings_come_from(
     assert settings["steps"] == {"value": 4, "source": "the bundle"}
     assert settings["bundle"]["source"] == "EDGE_AGENT_BUNDLE"
     assert report["cloud"]["status"] == "not asked: offline"
+    assert report["budget"]["status"].startswith("nothing spent yet, no ledger at ")
 
 
 def test_doctor_of_a_broken_bundle_says_what_is_wrong_and_fails(
@@ -318,6 +319,10 @@ def test_a_budget_holds_over_separate_commands(command: Command, tmp_path: Path)
         "the budget of 0.10 a day has no room for a cloud picture at 0.05: 0.1 is spent on "
     )
     assert Ledger(tmp_path / "l").spent().pictures == 2
+    doctor = command("doctor", "--offline", "--json", *budget)
+    spent = json.loads(doctor.stdout)["budget"]
+    assert (spent["pictures"], spent["cost"], spent["unsure"]) == (2, "0.1", 0)
+    assert spent["status"].endswith("limit a day: 0.10 cost")
 
 
 def test_a_cloud_that_nobody_runs_costs_nothing(command: Command, tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from cloud_server.training.predictor import Predictor
+from cloud_server.training import predictor
 from edge_agent.bundle import open_bundle
 from export.build import export_bundle
 from export.errors import ExportError
 from export.sources import open_pipeline, open_router
-from export.text import PROBES, from_open_clip
+from export.text import PROBES, open_text
 from tests import tiny
 
 NAMES = ["text_encoder", "predictor", "unet", "vae_decoder"]
@@ -52,7 +52,7 @@ def test_every_network_agrees_with_torch_on_shapes_of_the_tests_own(exported):
     mask = torch.zeros(5, 32)
     mask[:, 1:6] = 1
     (d,) = run(bundle.path_of("predictor"), {"hidden": hidden, "mask": mask})
-    router = Predictor.load(exported.job.router.folder)
+    router = predictor.load(exported.job.router.folder)
     np.testing.assert_allclose(d, router(torch.from_numpy(hidden), mask), atol=1e-5)
 
     # 9 x 7 halves to no whole number: such sizes are allowed too.
@@ -151,7 +151,7 @@ def test_a_bundle_lost_between_the_two_renames_is_found_again(copied):
 def test_a_router_of_another_width_is_refused(exported, tmp_path):
     router = open_router(tiny.make_router(tmp_path / "router", text_width=48))
     job = replace(exported.job, router=router, out=tmp_path / "bundle")
-    with pytest.raises(ExportError, match=r"width 48.* gives 32; pass --clip and --router"):
+    with pytest.raises(ExportError, match=r"width 48.* gives 32; pass --text-encoder and --router"):
         export_bundle(job)
     assert not job.out.exists()
 
@@ -159,7 +159,9 @@ def test_a_router_of_another_width_is_refused(exported, tmp_path):
 def test_a_router_of_another_text_encoder_is_refused(exported, tmp_path):
     router = open_router(tiny.make_router(tmp_path / "router", text_seed=9))
     job = replace(exported.job, router=router, out=tmp_path / "bundle")
-    with pytest.raises(ExportError, match=r"trained on another text encoder than .*; pass --clip"):
+    with pytest.raises(
+        ExportError, match=r"trained on another text encoder than .*; pass --text-encoder"
+    ):
         export_bundle(job)
     assert not job.out.exists()
 
@@ -236,12 +238,9 @@ def test_a_foreign_model_brings_its_own_text_encoder_and_a_kl_decoder(copied, tm
     clip = tiny_open_clip(tmp_path / "clip")
     router = tiny.make_router(tmp_path / "router")
     spec = json.loads((router / "router.json").read_text())
-    text = from_open_clip(clip)
-    with torch.inference_mode():
-        states = text.tower(text.tokenizer.probes[1:2])[1]
-    spec["text_probe"] = {"prompt": PROBES[1], "state": states[0].tolist()}
+    spec["text_probe"] = {"prompt": PROBES[1], "state": open_text(clip).state(PROBES[1])}
     (router / "router.json").write_text(json.dumps(spec))
-    job = replace(copied, clip=clip, router=open_router(router), out=tmp_path / "foreign-b")
+    job = replace(copied, text_encoder=clip, router=open_router(router), out=tmp_path / "foreign-b")
 
     path, rows = export_bundle(replace(job, pipeline=open_pipeline(str(folder))))
     names = ["text_encoder", "text_encoder_diffusion", "predictor", "unet", "vae_decoder"]

@@ -210,10 +210,12 @@ def test_a_router_that_contradicts_itself_is_refused(exported, router):
     assert "predicts 10 metrics, but its router.json names 9" in message
 
 
-def test_a_folder_that_is_no_clip_is_named(exported, tmp_path):
+def test_a_folder_that_is_no_text_encoder_is_named(exported, tmp_path):
     made_from = ("--edge-model", exported.job.pipeline.folder)
-    message = failure(*made_from, "--router", exported.job.router.folder, "--clip", tmp_path)
-    assert f"'{tmp_path}' is no open_clip folder" in message
+    message = failure(
+        *made_from, "--router", exported.job.router.folder, "--text-encoder", tmp_path
+    )
+    assert f"the text encoder '{tmp_path}' cannot be opened" in message
 
 
 def test_an_output_with_other_files_is_not_replaced(exported, tmp_path):

@@ -17,6 +17,7 @@ DRAWN: Final = {
     "edge": "edge",
     "cloud": "cloud",
 }
+PRS: Final = {"looks": "the ten looks", "router": "with alignment"}
 WRONG: Final = {
     "any": "one thing wrong",
     "relation": "relation turned round",
@@ -47,7 +48,13 @@ def card(report: Report) -> str:
         for measure in MEASURES
         for what, measures in by_count.items()
     ]
-    better = ["cloud better by PRS", *(_percent(report["cloud_better"][k]) for k in columns)]
+    better = [
+        [
+            f"cloud better by PRS, {what}",
+            *(_percent(report["cloud_better"][kind][k]) for k in columns),
+        ]
+        for kind, what in PRS.items()
+    ]
     sides = ["unseen", "seen", "difference"]
     unseen = [
         [f"{measure}: {DRAWN[name]}", *(_percent(measures[measure][side]) for side in sides)]
@@ -58,6 +65,11 @@ def card(report: Report) -> str:
     metrics = [
         [name, _number(clip["auroc"][name]), _number(clip["order"][name])] for name in clip["auroc"]
     ]
+    names = [name for name in clip["auroc"] if name != "mean"]
+    across = [
+        [spoilt, *(f"{clip['across'][spoilt][name]['mean']:.2f}" for name in names)]
+        for spoilt in names
+    ]
     return "\n".join(
         [
             f"`{report['command']}`; edge {models['edge']}, cloud {models['cloud']}, CLIP "
@@ -65,13 +77,16 @@ def card(report: Report) -> str:
             _table(["what", "number"], general),
             f"What the judge finds right, in % of what {report['pictures']} captions a column ask "
             "for, by the number of objects:\n",
-            _table(["what", *columns], [*right, better]),
+            _table(["what", *columns], [*right, *better]),
             f"The same, in %, of {len(OBJECTS) * report['pictures']} scenes with a pairing that "
             "training never saw, and of as many of the same form without one:\n",
             _table(["what", *sides], unseen),
             "Each quality metric on its own degradation: AUROC at strength 0.5, and minus the rank "
             "correlation of a picture's score with strength:\n",
             _table(["metric", "AUROC", "order"], metrics),
+            "Does each metric measure its own thing? AUROC of every metric (columns) at strength "
+            "0.5 of every degradation (rows, named by the metric that each is made for):\n",
+            _table(["spoilt", *names], across),
         ]
     ).rstrip()
 

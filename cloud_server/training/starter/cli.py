@@ -96,11 +96,11 @@ def _check_earlier_stages(stage: str, out: Path, work: Path) -> None:
 
 def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
     """Run one stage; raises FontMissing where scenes are drawn without their font."""
-    from cloud_server.training.router import train_router
     from cloud_server.training.starter.autoencoder import train_autoencoder
     from cloud_server.training.starter.clip import train_clip
     from cloud_server.training.starter.diffusion import distil, train_diffusion
     from cloud_server.training.starter.judge import train_judge
+    from cloud_server.training.starter.router import train_starter_router
     from cloud_server.training.starter.scenes import write_sheet
     from cloud_server.training.starter.tokenizer import train_tokenizer
 
@@ -120,7 +120,7 @@ def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, devi
         case "distil":
             distil(out, work, budget, seed, device)
         case "router":
-            train_router(out, out / "router", work, budget, seed, device)
+            train_starter_router(out, out / "router", work, budget, seed, device)
 
 
 @click.command("evaluate-starter")

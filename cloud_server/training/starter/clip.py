@@ -1,10 +1,14 @@
 """The starter CLIP: an open_clip model trained on captions and on the ten quality pairs.
 
-Its frozen text tower conditions both diffusion models and feeds the router; its picture tower
-measures quality. Both are learnt together first, until the text tower is locked, as the diffusion
-models will need it; then the picture tower learns on.
-Captions with one thing wrong (colours, sides, counts, nouns, places) stand in every batch, because
-a contrastive encoder otherwise forgets word order.
+The first layers of its text tower, frozen, condition both diffusion models and feed the router, as
+Stable Diffusion 2 leaves out the last one; the whole measures quality. Both towers are learnt
+together first, until those layers are locked, as the diffusion models will need them; then the
+picture tower and the text tower's other layers learn on.
+Captions with one thing wrong (sides, colours, counts, nouns, places) stand in every batch, because
+a contrastive encoder otherwise forgets word order. Which thing is on which side it still does not
+learn: as long as neither tower knows, the other has nothing to learn it from. So both are asked for
+it, first of two things and few nouns: what holds for six is soon found and then for all, while from
+a hundred at once, on a CPU, nothing was learnt.
 What conditions diffusion are the states of all tokens, and of these the contrast trains the last
 alone: nouns then lie in few directions and next to "red" hardly differ. So every state then learns
 to recall its own token and those before it.
@@ -14,7 +18,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,62 +27,57 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.loop import Budget, Prefetch, fit
-from cloud_server.training.quality import load_metrics
 from cloud_server.training.starter.autoencoder import to_tensor
+from cloud_server.training.starter.clip_data import METRICS, Batch, make_batch, make_pairs
+from cloud_server.training.starter.clip_model import (
+    CONDITION_LAYERS,
+    WIDTH,
+    Config,
+    encode_text,
+    load_clip,
+    model_arguments,
+    model_config,
+    pool,
+    save_clip,
+    text_states,
+)
 from cloud_server.training.starter.degradations import degrade
-from cloud_server.training.starter.scenes import batch_at, caption_negatives, sample_scene
-from cloud_server.training.starter.tokenizer import CONTEXT_LENGTH, encode
+from cloud_server.training.starter.scenes import (
+    NOUNS,
+    RELATIONS,
+    batch_at,
+    caption_negatives,
+    sample_scene,
+)
+from cloud_server.training.starter.tokenizer import encode
 
 guard()
 import open_clip  # noqa: E402  the guard must come first
-from safetensors.torch import save_file  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
-
-Config = dict[str, Any]  # open_clip's own description of a model
+from transformers import CLIPTokenizer  # noqa: E402
 
 BATCH = {"cpu": 48, "cuda": 192}  # scenes, each as it is and spoiled
+PAIRS = {"cpu": 32, "cuda": 128}  # of scenes with their sides exchanged
+FEW, FEW_UNTIL, DOUBLED_IN = 6, 130, 50  # nouns at first, and steps
 CAPTIONS = {"cpu": 128, "cuda": 512}  # a batch of what needs no pictures
-STAGES = {"clip": (0, 8e-4), "clip-picture": (1_000_000, 2e-4)}  # where data begin; rate
+STAGES = {"clip": (0, 8e-4), "clip-top": (1_000_000, 8e-4)}  # where data begin; rate
 LOCKED_FROM = 0.6  # of the budget
 RECALL_SHARE = 0.3  # of what is left then
-WIDTH, HEADS, TEXT_LAYERS = 192, 6, 4
+SIDES_SHARE = 0.35  # of what is left after that
+SIDES_SCALE = 16.0  # of the cosine of an embedding and a side's code
 REMEMBERED = 4  # tokens that each state recalls: its own and those before it
 RECALL_SCALE = 16.0  # of the cosine of a state and a token's code
-VISION: Config = {
-    "image_size": 128,
-    "patch_size": 16,
-    "width": WIDTH,
-    "layers": 6,
-    "head_width": 32,
-}
-METRICS = load_metrics()
 POLES = [text for metric in METRICS for text in (metric.positive, metric.negative)]
-
-
-def model_config(vocabulary: int) -> Config:
-    """Return the open_clip description of the model, 5 M parameters."""
-    return {
-        "embed_dim": WIDTH,
-        "vision_cfg": VISION,
-        "text_cfg": {
-            "context_length": CONTEXT_LENGTH,
-            "vocab_size": vocabulary,
-            "width": WIDTH,
-            "heads": HEADS,
-            "layers": TEXT_LAYERS,
-            "hf_tokenizer_name": "starter",  # any name: the folder's own files are used
-            "tokenizer_kwargs": {"clean": "whitespace"},
-        },
-    }
 
 
 def train_clip(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
     """Train both towers; write an open_clip folder to `out`, which holds the tokenizer already."""
     both, later = budget.split(LOCKED_FROM)
-    recall, picture = later.split(RECALL_SHARE)
+    recall, rest = later.split(RECALL_SHARE)
+    sides, top = rest.split(SIDES_SHARE)
     train_towers(out, work, both, seed, device)
     train_recall(out, work, recall, seed, device)
-    train_picture_tower(out, work, picture, seed, device)
+    train_sides(out, work, sides, seed, device)
+    train_top(out, work, top, seed, device)
 
 
 def train_towers(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
@@ -87,7 +85,7 @@ def train_towers(out: Path, work: Path, budget: Budget, seed: int, device: str) 
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(out)
     config = model_config(len(tokenizer))
-    model = open_clip.CLIP(**_model_arguments(config))
+    model = open_clip.CLIP(**model_arguments(config))
     _fit("clip", model, config, tokenizer, out, work, budget, seed, device)
 
 
@@ -140,10 +138,10 @@ def train_recall(out: Path, work: Path, budget: Budget, seed: int, device: str) 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         tokens = data(step).to(device)
         with torch.no_grad():
-            wanted = _encode_text(before, tokens)
+            wanted = encode_text(before, tokens)
         with sdpa_kernel(SDPBackend.MATH):
-            states = _text_states(model, tokens)
-        moved = 1 - F.cosine_similarity(_pool(model, states, tokens), wanted).mean()
+            states, last = text_states(model, tokens)
+        moved = 1 - F.cosine_similarity(pool(model, last, tokens), wanted).mean()
         forgotten = trained["recall"](states, tokens[:, : states.shape[1]])
         shown = {"forgotten": forgotten.item(), "moved": moved.item()}
         return forgotten + 10 * moved, shown
@@ -154,15 +152,92 @@ def train_recall(out: Path, work: Path, budget: Budget, seed: int, device: str) 
     )  # fmt: skip
 
 
-def train_picture_tower(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
-    """Let the picture tower in the folder `out` learn on; the text tower stays to the last bit."""
+class Sides(nn.Module):
+    """Reads from an embedding on which side a noun's things stand; needed in training only.
+
+    One reader for both towers, so that they say it in the same way.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(len(NOUNS), len(RELATIONS), WIDTH))
+
+    def forward(self, embeddings: Tensor, sides: Tensor) -> Tensor:
+        """Return the cross-entropy of telling `sides` (B, nouns), -1 if unknown, from (B, d)."""
+        row, noun = torch.nonzero(sides >= 0, as_tuple=True)
+        codes = F.normalize(self.codes[noun], dim=-1)  # (R, 4, d)
+        logits = SIDES_SCALE * torch.einsum("rsd,rd->rs", codes, embeddings[row])
+        return F.cross_entropy(logits, sides[row, noun])
+
+
+def train_sides(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
+    """Teach both towers in the folder `out` which thing is on which side.
+
+    Nouns come in one after the other, then other numbers of things than two. What other models read
+    stays as it is, as in `train_top`.
+    """
     torch.manual_seed(seed)
-    tokenizer = CLIPTokenizer.from_pretrained(out)
+    model, config, tokenizer = _open_to_learn(out)
+    trained = nn.ModuleDict({"clip": model, "sides": Sides()})
+    kind = torch.device(device).type
+
+    def make(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        nouns = nouns_at(step)
+        objects = 2 if nouns < len(NOUNS) else None
+        return make_pairs(tokenizer, seed, step, PAIRS[kind], nouns, objects)
+
+    data = Prefetch(make, device)
+
+    def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+        pictures, *others = data(step)
+        tokens, sides = (value.to(device) for value in others)
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(kind, dtype=torch.bfloat16):
+            image = F.normalize(model.encode_image(to_tensor(pictures, device)).float(), dim=-1)
+            text = F.normalize(encode_text(model, tokens), dim=-1)
+        logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
+        truth = torch.arange(len(logits), device=device)
+        contrast = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+        seen, told = (trained["sides"](embeddings, sides) for embeddings in (image, text))
+        shown = {"contrast": contrast, "seen": seen, "told": told}
+        return contrast + seen + told, {name: value.item() for name, value in shown.items()}
+
+    fit(
+        "clip-sides", trained, loss_fn, lr=1e-3, budget=budget, work=work, device=device,
+        ema=0.99, warmup=40, weight_decay=0.05, hidden=_matrices(model),
+        on_checkpoint=lambda _: save_clip(model, config, out),
+    )  # fmt: skip
+
+
+def nouns_at(step: int) -> int:
+    """Return how many nouns `train_sides` knows at a step."""
+    return min(len(NOUNS), int(FEW * 2 ** max(0.0, (step - FEW_UNTIL) / DOUBLED_IN)))
+
+
+def train_top(out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
+    """Let all in the folder `out` learn on but what other models read, which stays to the last bit.
+
+    That is the embeddings, the first layers and the last normalisation of the text tower.
+    """
+    torch.manual_seed(seed)
+    model, config, tokenizer = _open_to_learn(out)
+    _fit("clip-top", model, config, tokenizer, out, work, budget, seed, device)
+
+
+def _open_to_learn(out: Path) -> tuple[open_clip.CLIP, Config, CLIPTokenizer]:
+    """Open a folder so that only what no other model reads will learn."""
     config = json.loads((out / "open_clip_config.json").read_text())["model_cfg"]
     model = load_clip(out)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("visual."))
-    _fit("clip-picture", model, config, tokenizer, out, work, budget, seed, device)
+    model.requires_grad_(False)
+    for part in (model.visual, model.transformer.resblocks[CONDITION_LAYERS:]):
+        part.requires_grad_(True)
+    model.text_projection.requires_grad_(True)
+    return model, config, CLIPTokenizer.from_pretrained(out)
+
+
+def _matrices(model: open_clip.CLIP) -> list[Tensor]:
+    """Return the weights of both towers' layers that learn and that Muon takes."""
+    layers = (model.visual.transformer.resblocks, model.transformer.resblocks)
+    return [w for part in layers for w in part.parameters() if w.ndim == 2 and w.requires_grad]
 
 
 def _fit(
@@ -180,24 +255,20 @@ def _fit(
     pairs = encode(tokenizer, POLES).to(device)
     kind = torch.device(device).type
     first, rate = STAGES[name]
-    learns_text = model.text_projection.requires_grad
 
-    def make(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        pictures, captions, goodness, spoiled = _batch(seed, first + step, BATCH[kind])
-        return pictures, encode(tokenizer, captions), goodness, spoiled
+    def make(step: int) -> Batch:
+        return make_batch(tokenizer, seed, first + step, BATCH[kind])
 
     data = Prefetch(make, device)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
-        pictures, tokens, goodness, spoiled = data(step)
-        tokens = tokens.to(device)  # (2B, n): captions, then wrong ones
-        goodness, spoiled = goodness.to(device), spoiled.to(device)
+        pictures, *others = data(step)
+        tokens, goodness, spoiled = (value.to(device) for value in others)
         # On a CPU the fused attention's backward pass takes three quarters of a step.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(kind, dtype=torch.bfloat16):
             image = F.normalize(model.encode_image(to_tensor(pictures, device)).float(), dim=-1)
-            with torch.set_grad_enabled(learns_text):
-                text = F.normalize(_encode_text(model, tokens), dim=-1)
-                poles = F.normalize(_encode_text(model, pairs), dim=-1)
+            text = F.normalize(encode_text(model, tokens), dim=-1)
+            poles = F.normalize(encode_text(model, pairs), dim=-1)
         scale = model.logit_scale.exp().clamp(max=100)
         logits = scale * image @ text.T  # (2B, 2B)
         truth = torch.arange(len(spoiled), device=device)
@@ -214,150 +285,47 @@ def _fit(
         ranked = (better > worse).float().mean().item()
         return contrast + quality, {"contrast": contrast.item(), "right": right, "ranked": ranked}
 
-    def save(ready: open_clip.CLIP) -> None:
-        save_clip(ready, config, out)
-        report = evaluate_clip(ready, tokenizer, seed + 1, device)
+    def save(_: nn.Module) -> None:  # at that moment `model` has the weights to ship
+        save_clip(model, config, out)
+        report = evaluate_clip(model, tokenizer, seed + 1, device)
         print(f"\n{name}:", json.dumps(report), flush=True)
 
     fit(
         name, model, loss_fn, lr=rate, budget=budget, work=work, device=device,
-        ema=0.997, warmup=100, weight_decay=0.05, on_checkpoint=save,
+        ema=0.997, warmup=100, weight_decay=0.05, hidden=_matrices(model), on_checkpoint=save,
     )  # fmt: skip
-
-
-def _model_arguments(config: Config) -> Config:
-    text = {k: v for k, v in config["text_cfg"].items() if k != "tokenizer_kwargs"}
-    return {**config, "text_cfg": text}
-
-
-def _text_states(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
-    """Encode as open_clip does, without the padding that no prompt of the batch needs."""
-    length = int(tokens.argmax(-1).max()) + 1
-    states = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
-    states = model.transformer(states, attn_mask=model.attn_mask[:length, :length])
-    return model.ln_final(states)
-
-
-def _pool(model: open_clip.CLIP, states: Tensor, tokens: Tensor) -> Tensor:
-    ends = tokens.argmax(-1)
-    pooled = states[torch.arange(len(tokens), device=tokens.device), ends]
-    return (pooled @ model.text_projection).float()
-
-
-def _encode_text(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
-    return _pool(model, _text_states(model, tokens), tokens)
-
-
-def _batch(seed: int, step: int, scenes: int) -> tuple[Tensor, list[str], Tensor, Tensor]:
-    """Return 2B pictures (2B, H, W, 3), 2B captions, goodness in 0..1 (2B, k), metrics (B,).
-
-    The first B pictures are as they should be, the others the same ones spoiled in one metric each;
-    after their B captions come B that are wrong. At strength s goodness is 1 - s or so.
-    """
-    pictures, captions, drawn = batch_at(seed, step, scenes)
-    rng = np.random.default_rng([seed, step, 1])
-    wrong = [str(rng.choice(caption_negatives(scene, rng))) for scene in drawn]
-    goodness = np.full((2 * scenes, len(METRICS)), 0.97, np.float32)
-    metrics = rng.integers(len(METRICS), size=scenes)
-    spoiled = []
-    for i, (metric, strength) in enumerate(zip(metrics, rng.random(scenes).tolist(), strict=True)):
-        picture = degrade(pictures[i].astype(np.float32) / 255, METRICS[metric].name, strength, rng)
-        spoiled.append((picture * 255).round().astype(np.uint8))
-        goodness[scenes + i, metric] = 0.03 + 0.94 * (1 - strength) ** 1.5
-    both = torch.from_numpy(np.concatenate([pictures, np.stack(spoiled)]))
-    return both, captions + wrong, torch.from_numpy(goodness), torch.from_numpy(metrics)
-
-
-def save_clip(model: open_clip.CLIP, config: Config, out: Path) -> None:
-    """Write open_clip's config and half-precision weights beside the tokenizer in `out`."""
-    described = {
-        "model_cfg": config,
-        "preprocess_cfg": {
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.5, 0.5, 0.5],
-            "interpolation": "bicubic",
-            "resize_mode": "squash",
-        },
-    }
-    (out / "open_clip_config.json").write_text(json.dumps(described, indent=1) + "\n")
-    weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "attn_mask"}
-    partial = out / "open_clip_model.partial"
-    save_file(weights, partial)
-    partial.replace(out / "open_clip_model.safetensors")
-
-
-def load_clip(folder: Path) -> open_clip.CLIP:
-    """Open the folder in full precision, ready to use."""
-    return open_clip.create_model(f"local-dir:{folder.resolve()}", precision="fp32").eval()
-
-
-def to_transformers(folder: Path) -> CLIPTextModel:
-    """Return the text tower as transformers' class: the same weights, the same hidden states."""
-    source = load_clip(folder).state_dict()
-    vocabulary = source["token_embedding.weight"].shape[0]
-    config = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=TEXT_LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=CONTEXT_LENGTH,
-        hidden_act="gelu",
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=0,
-    )
-    model = CLIPTextModel(config)
-    target = {
-        "embeddings.token_embedding.weight": source["token_embedding.weight"],
-        "embeddings.position_embedding.weight": source["positional_embedding"],
-        "final_layer_norm.weight": source["ln_final.weight"],
-        "final_layer_norm.bias": source["ln_final.bias"],
-    }
-    names = {
-        "attn.out_proj": "self_attn.out_proj",
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-    }
-    for i in range(TEXT_LAYERS):
-        ours, theirs = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
-        for kind in ("weight", "bias"):
-            for name, other in names.items():
-                target[f"{theirs}.{other}.{kind}"] = source[f"{ours}.{name}.{kind}"]
-            joined = source[f"{ours}.attn.in_proj_{kind}"].chunk(3)
-            for letter, part in zip("qkv", joined, strict=True):
-                target[f"{theirs}.self_attn.{letter}_proj.{kind}"] = part
-    model.text_model.load_state_dict(target, strict=False)
-    return model.eval()
 
 
 @torch.inference_mode()
 def evaluate_clip(
     model: open_clip.CLIP, tokenizer: CLIPTokenizer, seed: int, device: str = "cpu"
 ) -> dict[str, float]:
-    """Measure on 256 fresh scenes: retrieval R@1, share of wrong captions preferred, mean AUROC.
+    """Measure on 256 fresh scenes: retrieval R@1, shares of wrong captions preferred, mean AUROC.
 
+    `fooled` is of captions with anything wrong, `turned` of those whose relation is turned round.
     The AUROC is of each metric on its own degradation at strength 0.5 against untouched pictures.
     """
     pictures, captions, scenes = batch_at(seed, 0, 256)
     rng = np.random.default_rng([seed, 1])
     wrong = [str(rng.choice(caption_negatives(scene, rng))) for scene in scenes]
+    related = [i for i, scene in enumerate(scenes) if scene.relation]
+    turned = [caption_negatives(scenes[i], rng)[0] for i in related]
 
     def image(batch: np.ndarray) -> Tensor:
         return F.normalize(model.encode_image(to_tensor(batch, device)), dim=-1)
 
-    text = F.normalize(_encode_text(model, encode(tokenizer, captions + wrong).to(device)), dim=-1)
-    similar = image(pictures) @ text.T  # (256, 512)
+    asked = encode(tokenizer, captions + wrong + turned).to(device)
+    text = F.normalize(encode_text(model, asked), dim=-1)
+    similar = image(pictures) @ text.T  # (256, 512 and some)
     right = similar.diagonal()
+    confused = similar[related, torch.arange(512, 512 + len(related))] > right[related]
     report = {
         "retrieval": (similar[:, :256].argmax(1).cpu() == torch.arange(256)).float().mean().item(),
         "fooled": (similar[:, 256:].diagonal() > right).float().mean().item(),
+        "turned": confused.float().mean().item(),
     }
     aurocs = []
-    poles = F.normalize(_encode_text(model, encode(tokenizer, POLES).to(device)), dim=-1)
+    poles = F.normalize(encode_text(model, encode(tokenizer, POLES).to(device)), dim=-1)
     contrast = poles[0::2] - poles[1::2]
     clean = image(pictures[:64]) @ contrast.T
     for i, metric in enumerate(METRICS):

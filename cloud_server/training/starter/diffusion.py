@@ -26,7 +26,7 @@ from tqdm import tqdm
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.loop import Budget, Prefetch, fit
 from cloud_server.training.starter.autoencoder import LATENT_CHANNELS, save_grid, to_tensor
-from cloud_server.training.starter.clip import to_transformers
+from cloud_server.training.starter.clip_model import to_transformers
 from cloud_server.training.starter.scenes import batch_at, sample_scene
 from cloud_server.training.starter.tokenizer import encode
 

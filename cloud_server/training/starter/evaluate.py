@@ -20,17 +20,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor
 from tqdm import tqdm
 
 from cloud_server.errors import ModelError
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.label import Labels, PipelinePainter, folder_digest
-from cloud_server.training.quality import QualityScorer, load_metrics
-from cloud_server.training.router import distances
-from cloud_server.training.starter.autoencoder import to_tensor
-from cloud_server.training.starter.degradations import degrade
-from cloud_server.training.starter.intervals import (
+from cloud_server.training.digest import folder_digest
+from cloud_server.training.intervals import (
     Estimate,
     auroc,
     average,
@@ -38,6 +33,17 @@ from cloud_server.training.starter.intervals import (
     rank_correlation,
     share,
 )
+from cloud_server.training.labels import Labels, PipelinePainter
+from cloud_server.training.quality import (
+    ALIGNMENT,
+    ALIGNMENT_WEIGHT,
+    Alignment,
+    Clip,
+    QualityScorer,
+)
+from cloud_server.training.router import distances
+from cloud_server.training.starter.autoencoder import to_tensor
+from cloud_server.training.starter.degradations import degrade
 from cloud_server.training.starter.judge import Judge
 from cloud_server.training.starter.reading import MEASURES, shares
 from cloud_server.training.starter.scenes import (
@@ -52,8 +58,7 @@ from cloud_server.training.starter.scenes import (
 from edge_agent.routing.pareto import prs
 
 guard()
-import open_clip  # noqa: E402  the guard must come first
-from diffusers import AutoencoderTiny  # noqa: E402
+from diffusers import AutoencoderTiny  # noqa: E402  the guard must come first
 
 OBJECTS: Final = (1, 2, 3, 4, 5)
 STRENGTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -92,8 +97,8 @@ def evaluate(models: Path, judge: Path, seed: int, device: str, pictures: int) -
     fresh = [sample_scene(rng) for _ in range(RETRIEVAL)]
     truths = np.stack([draw(scene, rng) for scene in fresh])
     psnr = _psnr(truths, through(models / "edge" / "vae", truths, device))
-    network, preprocess, tokenizer = _open_clip(models / "clip")
-    scorer = QualityScorer(network, preprocess, tokenizer, load_metrics(), device)
+    clip = Clip(models / "clip", device=device)
+    scorer = QualityScorer(clip)
     return {
         "seed": seed,
         "device": device,
@@ -101,9 +106,8 @@ def evaluate(models: Path, judge: Path, seed: int, device: str, pictures: int) -
         "versions": {"python": platform.python_version(), **{k: version(k) for k in VERSIONS}},
         "models": _sizes(models) | {"judge": folder_digest(judge)[:12]},
         "autoencoder": {"psnr": _plain(average(psnr, seed))},
-        "clip": _captions(network, preprocess, tokenizer, fresh, truths, seed, device)
-        | _qualities(scorer, truths[:SPOILED], seed),
-        **_drawing(models, reader, scorer, seed, device, pictures),
+        "clip": _captions(clip, fresh, truths, seed) | _qualities(scorer, truths[:SPOILED], seed),
+        **_drawing(models, reader, clip, seed, device, pictures),
     }
 
 
@@ -130,34 +134,12 @@ def _batches(pictures: Pixels, what: str) -> Iterator[Pixels]:
         yield pictures[start : start + 64]
 
 
-def _open_clip(folder: Path) -> tuple[Any, Any, Any]:
-    name = f"local-dir:{folder.resolve()}"
-    network, preprocess = open_clip.create_model_from_pretrained(name)
-    return network, preprocess, open_clip.get_tokenizer(name)
-
-
 @torch.inference_mode()
-def _captions(
-    network: Any,
-    preprocess: Any,
-    tokenizer: Any,
-    scenes: Sequence[Scene],
-    pictures: Pixels,
-    seed: int,
-    device: str,
-) -> Report:
+def _captions(clip: Clip, scenes: Sequence[Scene], pictures: Pixels, seed: int) -> Report:
     """Return how well CLIP tells the captions of pictures from others and from wrong ones."""
     rng = np.random.default_rng([seed, 1])
-
-    def text(captions: Sequence[str]) -> Tensor:
-        return network.encode_text(tokenizer(list(captions)).to(device), normalize=True)
-
-    def image(batch: Pixels) -> Tensor:
-        inputs = torch.stack([preprocess(Image.fromarray(picture)) for picture in batch])
-        return network.encode_image(inputs.to(device), normalize=True)
-
-    images = torch.cat([image(batch) for batch in _batches(pictures, "captions")])
-    right = text([scene.caption for scene in scenes])
+    images = torch.cat([clip.pictures(_images(batch)) for batch in _batches(pictures, "captions")])
+    right = clip.texts([scene.caption for scene in scenes])
     nearest = (images @ right.T).argmax(1).cpu().numpy()
     wrong: dict[str, list[str | None]] = {
         "any": [str(rng.choice(caption_negatives(scene, rng))) for scene in scenes],
@@ -168,7 +150,7 @@ def _captions(
     preferred: Report = {}
     for kind, captions in wrong.items():
         rows, others = zip(*((i, one) for i, one in enumerate(captions) if one), strict=True)
-        margins = (images[list(rows)] * (text(others) - right[list(rows)])).sum(1)
+        margins = (images[list(rows)] * (clip.texts(others) - right[list(rows)])).sum(1)
         preferred[kind] = _plain(share((margins > 0).cpu().numpy(), seed))
     retrieval = share(nearest == np.arange(len(scenes)), seed)
     return {"retrieval": _plain(retrieval), "wrong_preferred": preferred}
@@ -186,34 +168,42 @@ def _colours_swapped(scene: Scene) -> str | None:
 
 
 def _qualities(scorer: QualityScorer, pictures: Pixels, seed: int) -> Report:
-    """Return how each metric sees its own degradation.
+    """Return how each metric sees its own degradation, and the others.
 
-    AUROC at strength 0.5 against untouched pictures; and how orderly the score of one picture falls
-    as strength grows: minus Spearman's correlation, averaged over pictures.
+    AUROC at strength 0.5 against untouched pictures, of each metric on its own degradation and
+    `across` all, by degradation and metric; and how orderly the score of one picture falls as its
+    own degradation grows: minus Spearman's correlation, averaged over pictures.
     """
-    scores = np.empty((len(scorer.metrics), len(pictures), len(STRENGTHS)))
-    scores[..., 0] = scorer.score(_images(pictures)).T
-    for m, metric in enumerate(tqdm(scorer.metrics, desc="qualities", leave=False)):
+    names = [metric.name for metric in scorer.metrics]
+    k = len(names)
+    scores = np.empty((k, len(STRENGTHS), len(pictures), k))  # by degradation and strength
+    scores[:, 0] = scorer.score(_images(pictures))
+    for m, name in enumerate(tqdm(names, desc="qualities", leave=False)):
         for level, strength in enumerate(STRENGTHS[1:], start=1):
             spoiled = [
                 # Of each picture the same damage at every strength, only stronger.
-                degrade(picture, metric.name, strength, np.random.default_rng([seed, 2, m, i]))
+                degrade(picture, name, strength, np.random.default_rng([seed, 2, m, i]))
                 for i, picture in enumerate(pictures.astype(np.float32) / np.float32(255))
             ]
             stack = (np.stack(spoiled) * 255).round().astype(np.uint8)
-            scores[m, :, level] = scorer.score(_images(stack))[:, m]
-    names = [metric.name for metric in scorer.metrics]
+            scores[m, level] = scorer.score(_images(stack))
+    own = scores[np.arange(k), ..., np.arange(k)].transpose(0, 2, 1)  # (k, N, levels)
     middle = STRENGTHS.index(0.5)
-    order = -rank_correlation(scores, np.broadcast_to(STRENGTHS, scores.shape))  # (k, N)
-    clean, spoilt = scores[..., 0], scores[..., middle]
-    aurocs = {
-        name: auroc(good, bad, seed) for name, good, bad in zip(names, clean, spoilt, strict=True)
+    order = -rank_correlation(own, np.broadcast_to(STRENGTHS, own.shape))  # (k, N)
+    across = {
+        spoilt: {
+            name: _plain(auroc(scores[m, 0, :, j], scores[m, middle, :, j], seed))
+            for j, name in enumerate(names)
+        }
+        for m, spoilt in enumerate(names)
     }
-    orders = {name: average(own, seed) for name, own in zip(names, order, strict=True)}
-    aurocs["mean"], orders["mean"] = auroc(clean, spoilt, seed), average(order.mean(0), seed)
+    orders = {name: average(order[m], seed) for m, name in enumerate(names)}
+    mean = auroc(own[..., 0], own[..., middle], seed)
     return {
-        "auroc": {name: _plain(value) for name, value in aurocs.items()},
-        "order": {name: _plain(value) for name, value in orders.items()},
+        "auroc": {name: across[name][name] for name in names} | {"mean": _plain(mean)},
+        "order": {name: _plain(value) for name, value in orders.items()}
+        | {"mean": _plain(average(order.mean(0), seed))},
+        "across": across,
     }
 
 
@@ -263,7 +253,7 @@ def _form(scene: Scene) -> tuple[Any, ...]:
 
 
 def _drawing(
-    models: Path, judge: Judge, scorer: QualityScorer, seed: int, device: str, pictures: int
+    models: Path, judge: Judge, clip: Clip, seed: int, device: str, pictures: int
 ) -> Report:
     """Return what the judge finds right in true and in drawn pictures, and who is better by PRS."""
     exam = Exam.sample(pictures, seed)
@@ -284,7 +274,7 @@ def _drawing(
         "unseen": {
             name: {k: _unseen(exam.pairs(right[name][k]), seed) for k in MEASURES} for name in drawn
         },
-        "cloud_better": _cloud_better(exam, scorer, drawn["edge"], drawn["cloud"], seed),
+        "cloud_better": _cloud_better(exam, clip, drawn["edge"], drawn["cloud"], seed),
         "seconds": seconds,
     }
 
@@ -321,18 +311,26 @@ def _unseen(pairs: NDArray[np.float64], seed: int) -> Report:
     }
 
 
-def _cloud_better(
-    exam: Exam, scorer: QualityScorer, edge: Pixels, cloud: Pixels, seed: int
-) -> Report:
-    """Return how often PRS says that the cloud's picture of a usual scene is the better one."""
+def _cloud_better(exam: Exam, clip: Clip, edge: Pixels, cloud: Pixels, seed: int) -> Report:
+    """Return how often PRS says that the cloud's picture of a usual scene is the better one.
+
+    By the ten looks, and with alignment as the starter router weighs it.
+    """
     count = len(OBJECTS) * exam.each
-    q = np.stack([scorer.score(_images(stack[:count])) for stack in (edge, cloud)])
+    prompts = [scene.caption for scene in exam.scenes[:count]]
+    scorer = QualityScorer(clip, alignment=Alignment(ALIGNMENT_WEIGHT, tuple(prompts)))
+    q = np.stack([scorer.score(_images(stack[:count]), prompts) for stack in (edge, cloud)])
     names = tuple(metric.name for metric in scorer.metrics)
-    labels = Labels(q.astype(np.float64)[:, :, None], ("",) * count, (seed,), names, "")
+    labels = Labels(q.astype(np.float64)[:, :, None], tuple(prompts), (seed,), names, "")
     *_, d = distances(labels, np.arange(count))
     weights = np.array([metric.weight for metric in scorer.metrics])
-    better = prs(d, weights / weights.sum()) < 0.5
-    return _by_objects(better.reshape(len(OBJECTS), -1).astype(np.float64), seed)
+    looks = weights * [metric.name != ALIGNMENT for metric in scorer.metrics]
+
+    def rate(weights: NDArray[np.float64]) -> Report:
+        better = prs(d, weights / weights.sum()) < 0.5
+        return _by_objects(better.reshape(len(OBJECTS), -1).astype(np.float64), seed)
+
+    return {"looks": rate(looks), "router": rate(weights)}
 
 
 def _sizes(models: Path) -> Report:

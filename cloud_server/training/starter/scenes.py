@@ -82,7 +82,7 @@ HELD_OUT: Final = 12  # one pairing in so many is kept from training, to test co
 TOTALS: Final = (0.34, 0.28, 0.18, 0.12, 0.08)
 GRID: Final = 16  # cells a side that boxes are made of, as many as an encoded picture has
 SIZES: Final = {"small": 0.52, None: 0.82, "big": 1.1}
-_OPPOSITE: Final = dict(zip(RELATIONS, (*RELATIONS[1::-1], *RELATIONS[:1:-1]), strict=True))
+OPPOSITE: Final = dict(zip(RELATIONS, (*RELATIONS[1::-1], *RELATIONS[:1:-1]), strict=True))
 _UNPLACED: Final = ("white", "sky", "grass", "snow", "beach", "sunset")
 _ROWS: Final[dict[int, tuple[tuple[int, ...], ...]]] = {
     1: ((1,),),
@@ -277,6 +277,13 @@ def sample_scene(
             return replace(scene, boxes=boxes, caption=describe(scene))
 
 
+def turned_round(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with its relation turned round: the same groups and words, on the other side."""
+    relation = OPPOSITE[scene.relation] if scene.relation else None
+    turned = replace(scene, relation=relation, boxes=_layout(rng, scene.groups, relation))
+    return replace(turned, caption=describe(turned))
+
+
 @cache
 def _font() -> ImageFont.FreeTypeFont:
     for path in FONT_PATHS:
@@ -404,7 +411,7 @@ def caption_negatives(scene: Scene, rng: np.random.Generator) -> list[str]:
         wrong.append(replace(scene, groups=(*groups[:index], group, *groups[index + 1 :])))
 
     if scene.relation:
-        wrong.append(replace(scene, relation=_OPPOSITE[scene.relation]))
+        wrong.append(replace(scene, relation=OPPOSITE[scene.relation]))
         if len(groups) == 2:
             wrong.append(replace(scene, groups=groups[::-1]))
     if len(groups) > 1:

@@ -79,11 +79,16 @@ def test_every_number_is_finite_and_in_its_interval(report):
             assert np.isfinite([*value.values()]).all(), path
             assert value["low"] <= value["mean"] <= value["high"], path
             assert value["n"] > 0, path
+    clip = report["clip"]
+    across = clip["across"]
+    assert across.keys() == across["Detail"].keys() == clip["auroc"].keys() - {"mean"}
+    assert across["Detail"]["Detail"] == clip["auroc"]["Detail"]
     known = {path for path, value in found if value}
     for path in ("/autoencoder/psnr", "/clip/wrong_preferred/colour", "/clip/auroc/Realism",
-                 "/clip/order/mean", "/right/cloud/objects/5", "/right/truth/relations/all",
-                 "/gain/objects/all", "/unseen/edge/objects/difference",
-                 "/cloud_better/1"):  # fmt: skip
+                 "/clip/order/mean", "/clip/across/Detail/Color", "/right/cloud/objects/5",
+                 "/right/truth/relations/all", "/gain/objects/all",
+                 "/unseen/edge/objects/difference", "/cloud_better/looks/1",
+                 "/cloud_better/router/5"):  # fmt: skip
         assert path in known
 
 
@@ -108,7 +113,7 @@ def test_the_card_gets_the_numbers_and_keeps_the_rest(outcome, report):
     assert numbers in text
     assert rewrite(text, numbers) == text
     tables = [block.splitlines() for block in numbers.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
 

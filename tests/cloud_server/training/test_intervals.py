@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_server.training.starter.intervals import (
+from cloud_server.training.intervals import (
     auroc,
     average,
     difference,

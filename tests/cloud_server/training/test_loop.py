@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from cloud_server.training.loop import Budget, KernelMuon, Prefetch, fit
@@ -122,3 +123,18 @@ def test_the_average_is_what_gets_shipped_and_training_goes_on_from_the_raw_weig
 def test_data_made_ahead_are_those_of_the_step_asked_for(device):
     data = Prefetch(lambda step: torch.full((2,), step), device)
     assert [data(step)[0].item() for step in (3, 4, 5, 9, 10, 0)] == [3, 4, 5, 9, 10, 0]
+
+
+def test_losses_of_all_steps_are_drawn_also_those_before_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr("cloud_server.training.loop.CHECKPOINT_EVERY_S", 0.0)
+    with pytest.raises(Killed):
+        _fit(*_task(kill_at=50), tmp_path, 100)
+    _fit(*_task(), tmp_path, 100)
+    state = torch.load(tmp_path / "line.pt", weights_only=True)
+    assert state["shown_at"] == [20, 40, 60, 80, 100]
+    losses = state["history"]["loss"]
+    assert len(losses) == 5
+    assert losses[0] > losses[-1]
+    with Image.open(tmp_path / "line-losses.png") as plot:
+        assert plot.format == "PNG"
+        assert len(set(plot.convert("L").tobytes())) > 10  # a drawn line, not an empty sheet

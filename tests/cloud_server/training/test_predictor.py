@@ -1,19 +1,38 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 
-from cloud_server.training.predictor import Gate, Predictor, PredictorConfig
+from cloud_server.training import predictor
+from cloud_server.training.predictor import Gate, LinearPredictor, Predictor, PredictorConfig
 
 SMALL = PredictorConfig(width=16, experts=3, hidden=8, low_rank=4, top_k=2)
 
 
+LINEAR = PredictorConfig(width=16, experts=3, kind="linear")
+ALONE = replace(SMALL, single_gate=True, all_tokens=True, single_metric=True)
+EVERY = {
+    "full": SMALL,
+    "linear": LINEAR,
+    "single gate": replace(SMALL, single_gate=True),
+    "all tokens": replace(SMALL, all_tokens=True),
+    "single metric": replace(SMALL, single_metric=True),
+    "none of the three": ALONE,
+}
+every = pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
+
+
 def build(config=SMALL):
     torch.manual_seed(0)
-    return Predictor(config).eval()
+    model = predictor.build(config).eval()
+    if config.kind == "linear":
+        torch.nn.init.normal_(model.weight)
+    return model
 
 
 def prompts(batch=4, tokens=7, width=16):
@@ -25,22 +44,25 @@ def prompts(batch=4, tokens=7, width=16):
     return hidden, mask
 
 
-def test_it_predicts_one_distance_in_zero_to_one_per_metric():
-    model = build()
+@every
+def test_it_predicts_one_distance_in_zero_to_one_per_metric(config):
+    model = build(config)
     d = model(*prompts())
     assert d.shape == (4, 3)
     assert ((d > 0) & (d < 1)).all()
 
 
-def test_special_tokens_and_padding_change_nothing():
-    model = build()
+@every
+def test_special_tokens_and_padding_change_nothing(config):
+    model = build(config)
     hidden, mask = prompts()
     disturbed = torch.where(mask[..., None] > 0, hidden, 100 * torch.randn_like(hidden))
     torch.testing.assert_close(model(disturbed, mask), model(hidden, mask))
 
 
-def test_a_prompt_is_judged_alike_alone_and_in_a_batch():
-    model = build()
+@every
+def test_a_prompt_is_judged_alike_alone_and_in_a_batch(config):
+    model = build(config)
     hidden, mask = prompts()
     together = model(hidden, mask)
     for row in range(len(hidden)):
@@ -49,16 +71,17 @@ def test_a_prompt_is_judged_alike_alone_and_in_a_batch():
         )
 
 
-def test_a_prompt_without_tokens_gets_the_bias_of_each_head():
-    model = build()
+@every
+def test_a_prompt_without_tokens_gets_the_bias_of_each_head(config):
+    model = build(config)
     hidden, mask = prompts()
     d = model(hidden, torch.zeros_like(mask))
-    torch.testing.assert_close(d, model.bias.sigmoid().expand(4, -1))
+    torch.testing.assert_close(d, model.bias.sigmoid().expand(4, 3))
 
 
 def test_every_expert_weighs_its_k_best_tokens_by_their_affinity():
     torch.manual_seed(0)
-    gate = Gate(SMALL)
+    gate = Gate(SMALL, SMALL.experts)
     tokens, mask = (
         torch.randn(2, 7, 16),
         torch.tensor([[0, 1, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0]]),
@@ -71,28 +94,32 @@ def test_every_expert_weighs_its_k_best_tokens_by_their_affinity():
     assert (weights[1].nonzero()[:, 0] == 1).all(), "one token only, and it is the prompt's"
 
 
-def test_both_gates_and_all_experts_learn():
-    model = build().train()
+@every
+def test_every_part_learns(config):
+    model = build(config).train()
     model(*prompts()).sum().backward()
     for name, weight in model.named_parameters():
         assert weight.grad is not None, name
         assert weight.grad.abs().sum() > 0, name
 
 
-def test_a_saved_predictor_is_the_same_predictor(tmp_path):
-    model = build()
-    model.save(tmp_path)
+@pytest.mark.parametrize("config", [SMALL, LINEAR, ALONE])
+def test_a_saved_predictor_is_the_same_predictor(tmp_path, config):
+    model = build(config)
+    predictor.save(model, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"predictor.safetensors", "config.json"}
-    loaded = Predictor.load(tmp_path)
-    assert loaded.config == SMALL
+    loaded = predictor.load(tmp_path)
+    assert loaded.config == config
     torch.testing.assert_close(loaded(*prompts()), model(*prompts()), rtol=0, atol=0)
 
 
-def test_the_exported_network_agrees_at_every_batch_size(tmp_path):
-    model = build()
+@pytest.mark.parametrize("config", [SMALL, LINEAR, ALONE])
+def test_the_exported_network_agrees_at_every_size(tmp_path, config):
+    model = build(config)
     hidden, mask = prompts(batch=2)
     file = tmp_path / "predictor.onnx"
     batch = torch.export.Dim("batch", min=1, max=1024)
+    length = torch.export.Dim("length", min=2, max=64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         torch.onnx.export(
@@ -101,15 +128,53 @@ def test_the_exported_network_agrees_at_every_batch_size(tmp_path):
             file,
             input_names=["hidden", "mask"],
             output_names=["d"],
-            dynamic_shapes={"hidden": {0: batch}, "mask": {0: batch}},
+            dynamic_shapes={"hidden": {0: batch, 1: length}, "mask": {0: batch, 1: length}},
             dynamo=True,
             verbose=False,
         )
     session = onnxruntime.InferenceSession(file)
-    for size in (1, 3):
-        hidden, mask = prompts(batch=size)
+    for size, tokens in ((1, 7), (3, 5), (1, 2)):
+        hidden, mask = prompts(size, tokens)
         (d,) = session.run(["d"], {"hidden": hidden.numpy(), "mask": mask.numpy()})
         np.testing.assert_allclose(d, model(hidden, mask).detach().numpy(), atol=1e-5)
+
+
+def test_without_token_selection_every_word_reaches_every_expert():
+    hidden, mask = prompts()
+    weights = Gate(EVERY["all tokens"], 3)(hidden, mask)
+    assert ((weights > 0).all(-1) == (mask > 0)).all()
+
+
+def test_an_expert_alone_still_chooses_among_tokens():
+    torch.manual_seed(0)
+    weights = Gate(SMALL, 1)(torch.randn(2, 7, 16), torch.ones(2, 7))
+    assert ((weights > 0).sum(1) == SMALL.top_k).all()
+
+
+def test_a_single_gate_has_fewer_parameters_and_no_negative_side():
+    names = dict(build(EVERY["single gate"]).named_parameters())
+    assert "gate_plus.embeddings" in names
+    assert not any("minus" in name for name in names)
+
+
+def test_a_single_metric_gives_every_metric_the_same_answer():
+    d = build(EVERY["single metric"])(*prompts())
+    assert (d == d[:, :1]).all()
+    assert len(d[:, 0].unique()) == len(d)
+
+
+def test_the_linear_one_weighs_the_mean_word_and_the_length():
+    model = LinearPredictor(PredictorConfig(width=1, experts=1, kind="linear"))
+    model.load_state_dict({"weight": torch.tensor([[2.0, 3.0]]), "bias": torch.tensor([0.5])})
+    hidden, mask = torch.tensor([[[9.0], [1.0], [3.0], [9.0]]]), torch.tensor([[0.0, 1, 1, 0]])
+    want = torch.tensor(2.0 * 2.0 + 3.0 * np.log(2.0) + 0.5).sigmoid()
+    torch.testing.assert_close(model(hidden, mask), want.reshape(1, 1).float())
+
+
+@pytest.mark.parametrize("width", [192, 768, 4096])
+def test_it_stays_below_ten_million_parameters_for_encoders_of_any_width(width):
+    model = Predictor(PredictorConfig(width=width, experts=11))
+    assert sum(weight.numel() for weight in model.parameters()) < 10e6
 
 
 def test_the_config_survives_json():

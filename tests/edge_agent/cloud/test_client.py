@@ -535,3 +535,27 @@ def test_a_client_finds_a_server_that_came_back() -> None:
         until(client.healthy)  # it looks again about once a second
         assert draw(client).seed == 7
     client.close()
+
+
+def test_a_request_that_was_sent_before_the_server_went_may_have_been_drawn() -> None:
+    stop: list[Callable[[], object]] = []
+
+    def vanish(_context: Any) -> Iterator[pb.GenerateEvent]:
+        stop[0]()
+        yield from ()
+
+    with ThreadPoolExecutor(4) as threads:
+        server = grpc.server(threads)
+        service = pb_grpc.ImageGenerationServicer()
+        service.Generate = lambda _request, context: vanish(context)
+        pb_grpc.add_ImageGenerationServicer_to_server(service, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        stop.append(lambda: server.stop(0).wait(0.5))
+        server.start()
+        # The last attempts find nobody and by themselves would say that nothing was sent.
+        with (
+            CloudClient(f"127.0.0.1:{port}") as client,
+            pytest.raises(Unreachable, match="failed to connect") as lost,
+        ):
+            draw(client, deadline_s=20)
+    assert lost.value.maybe_drawn

@@ -5,7 +5,7 @@ import pytest
 
 from edge_agent.errors import BundleError
 from edge_agent.routing.encoder import TextEncoder, Tokenizer
-from tests.tiny import BOS, CONTEXT, EOS, make_tokenizer
+from tests.tiny import BOS, CONTEXT, EOS, make_tokenizer, save_word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +98,44 @@ def test_a_broken_tokenizer_file_is_named_with_what_to_do(tmp_path, text):
         Tokenizer(file, CONTEXT, 0)
 
 
-def test_a_tokenizer_without_start_and_end_is_refused(tmp_path, folder):
-    import json
-
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    content["post_processor"] = None
+@pytest.mark.parametrize(
+    ("frame", "ids", "mask"),
+    [
+        ("[CLS] $A [SEP]", [1, 4, 5, 2], [0, 1, 1, 0]),
+        ("$A [SEP]", [4, 5, 2], [1, 1, 0]),
+        ("[CLS] $A", [1, 4, 5], [0, 1, 1]),
+        ("$A", [4, 5], [1, 1]),
+    ],
+)
+def test_a_prompt_stands_in_the_frame_of_its_tokenizer(tmp_path, frame, ids, mask):
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    save_word_tokenizer(tmp_path, special, frame, pad_token="[PAD]")
     file = tmp_path / "tokenizer.json"
-    file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(BundleError, match="start and an end token"):
+    bare = Tokenizer(file, 6, None).encode("a cat")
+    assert bare.input_ids.tolist() == [ids]
+    assert bare.mask.tolist() == [mask]
+    padded = Tokenizer(file, 6, 0).encode("a cat")
+    assert padded.input_ids.tolist() == [ids + [0] * (6 - len(ids))]
+    assert padded.mask.tolist() == [mask + [0] * (6 - len(ids))]
+    long = Tokenizer(file, 6, None).encode("cat " * 9)
+    assert long.input_ids.shape == (1, 6)
+    assert long.dropped == 9 - long.mask.sum() == 9 - (6 - len(ids) + 2)
+    assert Tokenizer(file, 6, None).encode("").mask.sum() == 0
+    assert Tokenizer(file, 6, None).encode("").input_ids.size > 0
+
+
+def test_a_word_that_the_vocabulary_lacks_is_a_word_of_the_prompt(tmp_path):
+    save_word_tokenizer(tmp_path, ["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[CLS] $A [SEP]")
+    tokens = Tokenizer(tmp_path / "tokenizer.json", 8, None).encode("a zebra [SEP]")
+    assert tokens.input_ids[0].tolist().count(2) == 1
+    assert tokens.mask.sum() >= 2
+
+
+def test_a_tokenizer_that_finds_no_words_is_refused(tmp_path):
+    from tokenizers import Tokenizer as Core
+    from tokenizers.models import WordLevel
+
+    file = tmp_path / "tokenizer.json"
+    Core(WordLevel({"cat": 0}, unk_token="?")).save(str(file))
+    with pytest.raises(BundleError, match="tokenizer"):
         Tokenizer(file, CONTEXT, 0)

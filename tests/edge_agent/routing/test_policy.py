@@ -54,6 +54,20 @@ def test_with_share_one_only_the_cap_binds():
     assert threshold(score_digest([0.1, 0.4, 0.6, 0.9]), 1.0) == 0.5
 
 
+@given(scores, shares)
+def test_without_the_cap_the_share_is_kept_too_and_more_is_sent(calibration, share):
+    digest = score_digest(calibration)
+    free = threshold(digest, share, capped=False)
+    assert free <= threshold(digest, share) == max(0.5, free)
+    assert sum(score > free for score in calibration) <= share * len(calibration)
+
+
+@given(st.floats(0, 1), st.integers(1, 50), shares)
+def test_tied_scores_go_together_and_never_beyond_the_share(score, count, share):
+    limit = threshold(score_digest([score] * count), share, capped=False)
+    assert not score > limit
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), float("inf")])
 def test_a_share_outside_zero_to_one_is_refused_with_its_value(share):
     with pytest.raises(ConfigError, match=str(share)):

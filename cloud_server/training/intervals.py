@@ -33,7 +33,7 @@ def average(values: NDArray[Any], seed: int = 0) -> Estimate | None:
     n = len(known)
     if n == 0:
         return None
-    return _around(float(known.mean()), *_spread(_weights(n, seed) @ known / n), n)
+    return _around(float(known.mean()), *_spread(resamples(n, seed) @ known / n), n)
 
 
 def share(values: NDArray[Any], seed: int = 0) -> Estimate | None:
@@ -84,7 +84,7 @@ def auroc(better: Floats, worse: Floats, seed: int = 0) -> Estimate:
     )
     wins = wins.reshape(-1, *wins.shape[-2:]).mean(0)  # (N, N)
     n = len(wins)
-    weights = _weights(n, seed)
+    weights = resamples(n, seed)
     resampled = ((weights @ wins) * weights).sum(1) / n**2
     return _around(float(wins.mean()), *_spread(resampled), n)
 
@@ -103,10 +103,19 @@ def _centred_ranks(values: Floats) -> Floats:
     return ranks
 
 
-def _weights(n: int, seed: int) -> Floats:
+def resamples(n: int, seed: int) -> Floats:
     """Return how often each of `n` values is in each resample, (RESAMPLES, N)."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
+
+
+def percentile(mean: float, resampled: Floats, n: int) -> Estimate:
+    """Return `mean` with the percentile interval of what it is in resamples (RESAMPLES,).
+
+    Both may be infinite, for what is never reached.
+    """
+    low = np.percentile(resampled, 2.5, method="lower")
+    return _around(mean, float(low), float(np.percentile(resampled, 97.5, method="higher")), n)
 
 
 def _spread(resampled: Floats) -> tuple[float, float]:

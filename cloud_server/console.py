@@ -1,0 +1,52 @@
+"""What the commands share: how errors of ours end, and how a device is written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from cloud_server.errors import ConfigError, ServerError
+
+DEVICES = ("auto", "cpu", "cuda", "cuda:N")
+
+
+class Device(click.ParamType):
+    """auto, cpu, cuda or cuda:N."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Return the value if it is one of them."""
+        kind, colon, number = str(value).partition(":")
+        known = (
+            kind in ("auto", "cpu", "cuda") if not colon else kind == "cuda" and number.isdigit()
+        )
+        if not known:
+            self.fail(f"{value!r} is none of {', '.join(DEVICES)}", param, ctx)
+        return str(value)
+
+
+@contextmanager
+def one_sentence(*, debug: bool = False) -> Iterator[None]:
+    """Turn our errors into one sentence on stderr and the exit code that belongs to it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        raise click.ClickException(
+            f"the server needs the package {error.name!r}, which is not installed; run "
+            "pip install -c constraints.txt 'routet2i-edge[cloud]'"
+        ) from error
+    except ServerError as error:
+        if debug:
+            raise
+        wrong_usage = isinstance(error, ConfigError)
+        kind = click.UsageError if wrong_usage else click.ClickException
+        raise kind(str(error)) from error

@@ -1,0 +1,1 @@
+"""What a router is worth: its cost-quality curve beside those of simpler ways to choose."""

@@ -1,0 +1,301 @@
+"""`cloud-server evaluate-router`: what a router is worth, as one JSON file and one page."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from cloud_server.console import DEVICES, Device, one_sentence
+from cloud_server.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cloud_server.training.evaluation.pictures import Kept
+    from cloud_server.training.evaluation.splits import Plan
+    from cloud_server.training.labels import Labels
+
+_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_THERE = click.Path(path_type=Path, file_okay=False, exists=True)
+_COUNT = click.IntRange(min=1)
+_VERSIONS = ("routet2i-edge", "numpy", "torch", "scikit-learn")
+
+
+@click.command("evaluate-router")
+@click.option("--labels", type=_FILE, help="What cloud-server label wrote.")
+@click.option("--scores", type=_FILE, help="Or a CSV table: prompt, model, metric, score in 0..1.")
+@click.option("--edge-model", help="The model of --scores that draws on the device.")
+@click.option("--cloud-model", help="The model of --scores that draws in the cloud.")
+@click.option("--metric", "metrics", multiple=True, help="A metric of --scores; repeatable.  [all]")
+@click.option("--text-encoder", metavar="ID_OR_DIR", help="As in train-router.")
+@click.option("--router", type=_THERE, help="Evaluate this router instead of training ours.")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="The page.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="The numbers."
+)
+@click.option(
+    "--held-out", type=_COUNT, help="Prompts kept from training.  [from 1,500 prompts on: a third]"
+)
+@click.option("--seeds", type=_COUNT, default=3, show_default=True, help="Trainings, if held out.")
+@click.option("--folds", type=click.IntRange(min=2), help="Cross-validation over prompts.  [5]")
+@click.option("--repeats", type=_COUNT, default=5, show_default=True, help="Of cross-validation.")
+@click.option("--pictures", type=_THERE, help="What label --pictures kept.")
+@click.option("--judge", type=_THERE, help="Judge network that reads --pictures; starter world.")
+@click.option("--judge-scores", type=_FILE, help="Or labels of the same prompts, judged otherwise.")
+@click.option(
+    "--predictor",
+    type=click.Choice(["auto", "gated", "linear"]),
+    default="auto",
+    show_default=True,
+    help="As in train-router.",
+)
+@click.option(
+    "--ablations/--no-ablations", default=None, help="[with --held-out, 2 metrics or more]"
+)
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), help="For a training.  [30]"
+)
+@click.option("--steps", type=_COUNT, help="Steps of a fit at most.")
+@click.option("--work", type=_FOLDER, default=Path("train"), show_default=True, help="State.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--device", type=Device(), default="auto", show_default=True, help=str(DEVICES))
+@click.option("--threads", type=_COUNT, help="CPU threads.  [torch's]")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def evaluate_router_command(
+    labels: Path | None,
+    scores: Path | None,
+    edge_model: str | None,
+    cloud_model: str | None,
+    metrics: tuple[str, ...],
+    text_encoder: str | None,
+    router: Path | None,
+    out: Path | None,
+    json_file: Path | None,
+    held_out: int | None,
+    seeds: int,
+    folds: int | None,
+    repeats: int,
+    pictures: Path | None,
+    judge: Path | None,
+    judge_scores: Path | None,
+    predictor: str,
+    ablations: bool | None,
+    minutes: float | None,
+    steps: int | None,
+    work: Path,
+    seed: int,
+    device: str,
+    threads: int | None,
+    debug: bool,
+) -> None:
+    """Measure a router beside simpler ways to choose, with intervals, on prompts it never saw.
+
+    Prints the verdict, and writes all numbers with --json, and a page of tables and figures with
+    --out. Prompts that are judged are kept from every training, near-duplicates with them.
+    """
+    with one_sentence(debug=debug):
+        _check(out, json_file, held_out, folds, judge, judge_scores, pictures)
+
+        import torch
+
+        from cloud_server.engine import pick_device
+        from cloud_server.training.encoders import open_encoder
+        from cloud_server.training.evaluation.evaluate import Case, evaluate
+        from cloud_server.training.evaluation.learned import Given, Network, kinds_said
+        from cloud_server.training.evaluation.methods import all_methods
+        from cloud_server.training.evaluation.nouns import count_nouns
+        from cloud_server.training.loop import Budget
+        from cloud_server.training.router import Settings
+        from cloud_server.training.router import check as check_labels
+        from cloud_server.training.router_cli import open_material, starter_encoder
+
+        if threads:
+            torch.set_num_threads(threads)
+        where = pick_device(device)
+        material = open_material(labels, scores, edge_model, cloud_model, metrics, None)
+        known = material.labels
+        check_labels(known)
+        plan = _plan(known, held_out, seeds, folds, repeats, seed)
+        features = open_encoder(text_encoder or starter_encoder()).encode(known.prompts, where)
+        kinds: list[str] = []
+        network = Network(
+            "ours",
+            "ours",
+            features,
+            known,
+            known.weights,
+            Settings(predictor),
+            work,
+            Budget(steps=steps, minutes=minutes or (None if steps else 30.0)),
+            where,
+            material.related,
+            kinds,
+        )
+        kept = _kept(known, pictures)
+        nouns, counted = count_nouns(known.prompts)
+        case = Case(
+            known,
+            known.weights,
+            _model_names(known),
+            nouns,
+            counted,
+            _judged(known, plan, judge, judge_scores, kept, where),
+        )
+        several = len(known.metrics) > 1
+        wanted = (several and len(plan.runs[0]) == 1) if ablations is None else ablations
+        report = evaluate(
+            case,
+            plan,
+            all_methods(case, network, Given(router, features, where) if router else network),
+            network.ablations() if wanted and not router else [],
+            seed=seed,
+            progress=lambda name: click.echo(f"{name} ...", err=True),
+        )
+        report |= {
+            "command": _command(),
+            "versions": {"python": platform.python_version(), **{k: version(k) for k in _VERSIONS}},
+            "given_router": bool(router),
+            "predictors": kinds_said(kinds),
+            "judge": _judge_said(judge, judge_scores),
+        }
+        _write(report, kept, known, out, json_file)
+        click.echo("\n".join(report["verdict"]["sentences"]))
+
+
+def _command() -> str:
+    """Return the command as it was given."""
+    context = click.get_current_context()
+    words = ["cloud-server evaluate-router"]
+    for option in context.command.params:
+        name = str(option.name)
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append(option.opts[0] if value else option.secondary_opts[0])
+        else:
+            each = value if isinstance(value, tuple) else (value,)
+            words += [f"{option.opts[-1]} {shlex.quote(str(one))}" for one in each]
+    return " ".join(words)
+
+
+def _check(
+    out: Path | None,
+    json_file: Path | None,
+    held_out: int | None,
+    folds: int | None,
+    judge: Path | None,
+    judge_scores: Path | None,
+    pictures: Path | None,
+) -> None:
+    """Raise ConfigError for options that do not go together, before anything is loaded."""
+    if held_out and folds:
+        raise ConfigError("--held-out and --folds are both given; choose one way to split")
+    if judge and judge_scores:
+        raise ConfigError("--judge and --judge-scores are both given; choose one")
+    if judge and not pictures:
+        raise ConfigError("--judge reads pictures; pass the folder that label --pictures filled")
+    for file in (out, json_file):
+        if file and not file.parent.is_dir():
+            raise ConfigError(
+                f"the folder {file.parent} does not exist; create it or change {file}"
+            )
+
+
+def _plan(
+    labels: Labels, judged: int | None, seeds: int, folds: int | None, repeats: int, seed: int
+) -> Plan:
+    from cloud_server.training.evaluation.splits import SMALL, cross_validation, held_out
+
+    many = len(labels.prompts) >= SMALL
+    if judged or (many and not folds):
+        return held_out(labels.prompts, judged or len(labels.prompts) // 3, seeds, seed)
+    return cross_validation(labels.prompts, folds or 5, repeats, seed)
+
+
+def _models(labels: Labels) -> list[dict[str, Any]]:
+    known: dict[str, dict[str, Any]] = labels.origin.get("models", {})
+    return [known.get(side, {}) for side in ("edge", "cloud")]
+
+
+def _model_names(labels: Labels) -> tuple[str, str]:
+    """Return what the models are called, with the start of a digest where one is known."""
+    names = []
+    for side, model in zip(("edge", "cloud"), _models(labels), strict=True):
+        digest = str(model.get("digest", ""))[:12]
+        names.append("@".join(part for part in (str(model.get("name", side)), digest) if part))
+    return names[0], names[1]
+
+
+def _kept(labels: Labels, folder: Path | None) -> Kept | None:
+    from cloud_server.training.evaluation.pictures import Kept
+
+    if folder is None:
+        return None
+    edge, cloud = (str(model.get("digest", "")) for model in _models(labels))
+    if not (edge and cloud):
+        raise DataError("these labels do not say which models drew; leave --pictures away")
+    return Kept(folder, (edge, cloud), labels.prompts)
+
+
+def _judged(
+    labels: Labels,
+    plan: Plan,
+    judge: Path | None,
+    scores: Path | None,
+    kept: Kept | None,
+    device: str,
+) -> NDArray[np.float64] | None:
+    """Return what the cloud's picture of every prompt gains by the other judge, if there is one."""
+    import numpy as np
+
+    if judge:
+        from cloud_server.training.evaluation.pictures import judged_gain
+        from cloud_server.training.starter.judge import Judge
+
+        assert kept is not None  # checked with the options
+        return judged_gain(Judge.open(judge, device), kept, plan.rows, labels.seeds)
+    if scores:
+        from cloud_server.training.labels import read
+
+        other = read(scores)
+        at = {prompt: row for row, prompt in enumerate(other.prompts)}
+        missing = [p for p in (labels.prompts[row] for row in plan.rows) if p not in at]
+        if missing:
+            raise DataError(f"{scores} has no scores of {missing[0]!r}; judge the same prompts")
+        gain = (other.q[1] - other.q[0]).mean(1) @ other.weights
+        return np.array([gain[at[p]] if p in at else np.nan for p in labels.prompts])
+    return None
+
+
+def _judge_said(judge: Path | None, scores: Path | None) -> dict[str, str] | None:
+    if judge:
+        return {"name": "objects right", "by": f"the network in {judge}"}
+    return {"name": "mean score", "by": str(scores)} if scores else None
+
+
+def _write(
+    report: dict[str, Any],
+    kept: Kept | None,
+    labels: Labels,
+    out: Path | None,
+    json_file: Path | None,
+) -> None:
+    if json_file:
+        text = json.dumps(report, indent=1, allow_nan=False)
+        json_file.write_text(text + "\n", encoding="utf-8")
+    if out:
+        from cloud_server.training.evaluation.report import page
+
+        rows = [one["row"] for one in report["regrets"]] if kept else []
+        pictures = {row: kept.pair(row, labels.seeds[0]) for row in rows} if kept else {}
+        out.write_text(page(report, pictures), encoding="utf-8")

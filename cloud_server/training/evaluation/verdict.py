@@ -1,0 +1,113 @@
+"""The evaluation in two sentences, as its numbers have it."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+Report = dict[str, Any]
+
+NONE: Final = "\N{EN DASH}"
+MINUS: Final = "\N{MINUS SIGN}"
+
+
+def verdict(report: Report) -> Report:
+    """Return the key of the `best` other way at 50 % routing, and two `sentences`."""
+    methods = {row["key"]: row for row in report["methods"]}
+    others = [row for row in report["methods"] if row["key"] not in ("ours", "random")]
+    best = max(others, key=lambda row: row["numbers"]["delta_p_50"]["mean"])
+    return {
+        "best": best["key"],
+        "sentences": [
+            _quality(report, methods["ours"], best),
+            _calls(report, methods["ours"], best),
+        ],
+    }
+
+
+def _quality(report: Report, ours: Report, best: Report) -> str:
+    reached = ours["numbers"]["delta_p_50"]
+    everything = f"{100 * report['pair']['cloud_delta_p']['mean']:.0f}\N{NO-BREAK SPACE}%"
+    more = best["ours_more"]["delta_p_50"]
+    points = 100 * more["mean"]
+    if more["low"] > 0:
+        compared = f"{points:.1f} points above"
+    elif more["high"] < 0:
+        compared = f"{-points:.1f} points below"
+    else:
+        compared = "not told apart from"
+    random = ours_against(report, "random", "delta_p_50")
+    by_chance = (
+        "better than random routing" if random["low"] > 0
+        else "worse than random routing" if random["high"] < 0
+        else "no better than random routing as far as can be told"
+    )  # fmt: skip
+    return (
+        f"With half of the prompts sent to the cloud, our router reaches ΔP {percent(reached)}, "
+        f"{by_chance} and {compared} the best of the other ways, {best['name']} "
+        f"(difference {points_of(more)}); sending every prompt scores {everything} "
+        f"(ours more: {points_of(ours['numbers']['over_cloud_50'])})."
+    )
+
+
+def _calls(report: Report, ours: Report, best: Report) -> str:
+    numbers = ours["numbers"]
+    overall = (
+        f"over all budgets its APGR is {decimal(numbers['apgr'])}, where random is 0.5 and the "
+        f"other {decimal(best['numbers']['apgr'])}."
+    )
+    if reached_never(numbers["calls_50"]):
+        return f"ΔP 50 % is never reached, however many prompts are sent; {overall}"
+    others = best["numbers"]["calls_50"]
+    beside = "never" if reached_never(others) else percent(others)
+    needed = (
+        f"For ΔP 50 % it sends {percent(numbers['calls_50'])} of the prompts (the other: {beside})"
+    )
+    random = next(row for row in report["methods"] if row["key"] == "random")
+    if reached_never(random["numbers"]["calls_50"]):
+        return f"{needed}, which random routing never reaches; {overall}"
+    return (
+        f"{needed} and saves {percent(numbers['saved_50'])} of the calls of random routing; "
+        f"{overall}"
+    )
+
+
+def reached_never(estimate: Report | None) -> bool:
+    """Return whether a share of calls is "never"."""
+    return bool(estimate and estimate.get("never"))
+
+
+def ours_against(report: Report, key: str, number: str) -> Report:
+    """Return what ours has more of a number than the method with this key."""
+    rows = (row for row in report["methods"] if row["key"] == key)
+    found: Report = next(rows)["ours_more"][number]
+    return found
+
+
+def interval(estimate: Report | None, factor: float, digits: int, sign: bool = False) -> str:
+    """Return "mean [low, high]", "never" for what is not reached, a dash if not defined."""
+    if estimate is None or estimate["mean"] is None:
+        return "never" if estimate and estimate.get("never") else NONE
+    plus = "+" if sign else ""
+
+    def one(value: float | None, else_: str) -> str:
+        return else_ if value is None else f"{factor * value:{plus}.{digits}f}".replace("-", MINUS)
+
+    low, high = one(estimate["low"], NONE), one(estimate["high"], "never")
+    mean = one(estimate["mean"], NONE)
+    return mean if low == high == mean else f"{mean} [{low}, {high}]"
+
+
+def percent(estimate: Report | None) -> str:
+    """Return a share with its interval, in %."""
+    mean, space, ends = interval(estimate, 100, 1).partition(" ")
+    return f"{mean}\N{NO-BREAK SPACE}%{space}{ends}"
+
+
+def points_of(estimate: Report | None) -> str:
+    """Return a signed difference of shares with its interval, in points."""
+    return interval(estimate, 100, 1, sign=True)
+
+
+def decimal(estimate: Report | None) -> str:
+    """Return a number with its interval, to three places."""
+    return interval(estimate, 1, 3)

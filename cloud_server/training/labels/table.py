@@ -1,0 +1,203 @@
+"""Labels: the quality of every picture, in memory and as one Parquet file.
+
+The file has a row a picture, by model, prompt and seed, and a float32 column a metric, which keeps
+seven digits; the schema's metadata say with which models, CLIP and texts it was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cloud_server.errors import DataError
+from cloud_server.training.quality import Metric
+
+FORMAT = 1
+MODELS = ("edge", "cloud")
+_KEY = b"routet2i"
+_INDEX = ("model", "prompt", "seed")
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Qualities `q` (model, prompt, seed, metric), models in the order edge, cloud.
+
+    `digest` tells these labels from those of other models, prompts, seeds or metrics. `described`
+    has the text and weight of every metric, and `origin` what can be put in JSON of the models,
+    the CLIP and the versions; both are empty where nobody knows.
+    """
+
+    q: NDArray[np.float64]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    metrics: tuple[str, ...]
+    digest: str
+    described: tuple[Metric, ...] = ()
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """The weights (k,) of the metrics in a PRS, which sum to 1; equal where nobody knows."""
+        known = [metric.weight for metric in self.described] or [1.0] * self.q.shape[-1]
+        return np.asarray(known, np.float64) / np.sum(known)
+
+    def check_trainable(self) -> None:
+        """Raise DataError where nothing can be learnt: one prompt, or a metric without news."""
+        if len(self.prompts) < 2:
+            raise DataError("these labels have one prompt only; label two or more to train on them")
+        for name, q in zip(self.metrics, np.moveaxis(self.q, -1, 0), strict=True):
+            if np.ptp(q) == 0:
+                raise DataError(
+                    f"metric {name!r} is {q.flat[0]:g} for every picture, so there is nothing to "
+                    "learn from it; leave it out of the metrics or correct its texts"
+                )
+            if np.ptp(q[0].mean(-1) - q[1].mean(-1)) == 0:
+                raise DataError(
+                    f"edge and cloud differ by the same on metric {name!r} for every prompt; are "
+                    "they one model?"
+                )
+
+
+def write(labels: Labels, file: Path) -> None:
+    """Write labels to a Parquet file, whole or not at all; equal labels give equal bytes."""
+    grid = np.indices(labels.q.shape[:3], np.int32).reshape(3, -1)
+    values = (MODELS, labels.prompts, labels.seeds)
+    columns: dict[str, pa.Array] = {
+        name: pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(known))
+        for name, codes, known in zip(_INDEX, grid, values, strict=True)
+    }
+    for name, q in zip(labels.metrics, np.moveaxis(labels.q, -1, 0), strict=True):
+        columns[name] = pa.array(q.ravel().astype(np.float32))
+    described = labels.described or [
+        Metric(name, "", "", weight)
+        for name, weight in zip(labels.metrics, labels.weights.tolist(), strict=True)
+    ]
+    facts = {
+        "format": FORMAT,
+        "digest": labels.digest,
+        "metrics": [asdict(metric) for metric in described],
+        **labels.origin,
+    }
+    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(facts)})
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        pq.write_table(
+            table,
+            partial,
+            compression="zstd",
+            use_dictionary=list(_INDEX),
+            column_encoding=dict.fromkeys(labels.metrics, "BYTE_STREAM_SPLIT"),
+        )
+        os.replace(partial, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise DataError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def read(file: Path) -> Labels:
+    """Read what `write` wrote, rows in any order. Raises DataError for anything else."""
+    table, facts = _opened(file)
+    described = _described(facts, file)
+    names = tuple(metric.name for metric in described)
+    for name in (*_INDEX, *names):
+        if name not in table.column_names:
+            raise DataError(f"{file} has no column {name!r}, which its metadata promise")
+    rows = list(zip(*(table[name].to_pylist() for name in _INDEX), strict=True))
+    q = _qualities(table, names, rows, file)
+    models = {model for model, _, _ in rows}
+    for model in MODELS:
+        if model not in models:
+            raise DataError(f"{file} has no labels of the model {model!r}; it needs edge and cloud")
+    prompts = tuple(dict.fromkeys(prompt for _, prompt, _ in rows))
+    seeds = tuple(sorted({seed for _, _, seed in rows}))
+    row_of = {row: i for i, row in enumerate(rows)}
+    wanted = [(m, p, s) for m in MODELS for p in prompts for s in seeds]
+    if not len(row_of) == len(rows) == len(wanted) or row_of.keys() != set(wanted):
+        raise DataError(
+            f"{file} has {len(rows)} rows and not one for each of {len(prompts)} prompts, "
+            f"{len(seeds)} seeds, edge and cloud; label again"
+        )
+    order = [row_of[row] for row in wanted]
+    shape = (len(MODELS), len(prompts), len(seeds), len(names))
+    origin = {k: v for k, v in facts.items() if k not in ("format", "digest", "metrics")}
+    digest = str(facts.get("digest", ""))
+    return Labels(q[order].reshape(shape), prompts, seeds, names, digest, described, origin)
+
+
+def _qualities(
+    table: pa.Table, names: tuple[str, ...], rows: list[tuple[str, str, int]], file: Path
+) -> NDArray[np.float64]:
+    """Return the qualities (row, metric) of a file, all of them numbers."""
+    columns = []
+    for name in names:
+        if not pa.types.is_floating(table[name].type):
+            raise DataError(f"{file} has {table[name].type} in column {name!r}; it needs numbers")
+        columns.append(table[name].to_numpy().astype(np.float64))
+    q = np.stack(columns, -1)
+    for row, column in np.argwhere(~np.isfinite(q)):
+        model, prompt, seed = rows[row]
+        raise DataError(
+            f"{file} has {q[row, column]} as {names[column]} of {prompt!r} ({model}, seed {seed}); "
+            "every quality must be a number"
+        )
+    return q
+
+
+def read_for_training(file: Path) -> Labels:
+    """Read labels that something can be learnt from. Raises DataError, also where nothing can."""
+    labels = read(file)
+    try:
+        labels.check_trainable()
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+    return labels
+
+
+def _opened(file: Path) -> tuple[pa.Table, dict[str, Any]]:
+    try:
+        with pq.ParquetFile(file) as opened:
+            table = opened.read()
+    except (OSError, pa.ArrowException) as error:
+        said = str(error).splitlines()[0]
+        raise DataError(f"cannot read the labels in {file}: {said}") from error
+    written = (table.schema.metadata or {}).get(_KEY)
+    facts = _parsed(written or b"")
+    if facts is None:
+        raise DataError(
+            f"{file} is a Parquet file but holds no labels; cloud-server label writes them"
+        )
+    if facts.get("format") != FORMAT:
+        raise DataError(
+            f"{file} has format {facts.get('format')!r} and this version reads {FORMAT}; "
+            "label again with it"
+        )
+    return table, facts
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def _described(facts: Mapping[str, Any], file: Path) -> tuple[Metric, ...]:
+    try:
+        described = tuple(Metric(**entry) for entry in facts["metrics"])
+    except (KeyError, TypeError):
+        described = ()
+    if not described:
+        raise DataError(f"{file} does not describe its metrics; label again")
+    return described
