@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
-from edge_agent.bundle import Bundle, TokenizerFiles
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import EdgeGenerator
 from edge_agent.errors import (
     BundleError,
@@ -292,11 +292,9 @@ class EdgeAgent:
     def _draw_on(self, route: Route, call: _Call) -> Picture:
         if route is Route.EDGE:
             generator = self._open_drawing()
-            diffusion, router = self.bundle.diffusion, self.bundle.router
-            shared = diffusion.text_encoder == router.text_encoder
             return generator.generate(
                 call.request,
-                call.encoded if shared else None,
+                {self.bundle.router.text_encoder: call.encoded},
                 call.seed,
                 call.on_event,
                 call.cancellation,
@@ -349,7 +347,7 @@ class EdgeAgent:
         with self._lock:
             if self._deciding is None:
                 spec = self.bundle.router
-                text_encoder = self._open_text_encoder(spec.text_encoder, self.bundle.tokenizer)
+                text_encoder = self._open_text_encoder(spec.text_encoder)
                 predictor = self._open_session(spec.predictor)
                 router = Router(text_encoder, predictor, spec, self._share)
                 self._deciding = router, text_encoder
@@ -359,21 +357,21 @@ class EdgeAgent:
         _, text_encoder = self._open_deciding()
         with self._lock:
             if self._drawing is None:
-                spec = self.bundle.diffusion
-                if spec.text_encoder != self.bundle.router.text_encoder:
-                    text_encoder = self._open_text_encoder(
-                        spec.text_encoder, self.bundle.tokenizer_diffusion
-                    )
+                spec, shared = self.bundle.diffusion, self.bundle.router.text_encoder
                 self._drawing = EdgeGenerator(
                     spec,
-                    unet=self._open_session("unet"),
+                    denoiser=self._open_session(spec.denoiser),
                     vae_decoder=self._open_session("vae_decoder"),
-                    text_encoder=text_encoder,
+                    text_encoders={
+                        name: text_encoder if name == shared else self._open_text_encoder(name)
+                        for name in spec.text_encoders
+                    },
                     clock=self._clock,
                 )
             return self._drawing
 
-    def _open_text_encoder(self, component: str, files: TokenizerFiles) -> TextEncoder:
+    def _open_text_encoder(self, component: str) -> TextEncoder:
+        files = self.bundle.tokenizers[component]
         tokenizer = Tokenizer(self.bundle.path / files.file, files.context_length, files.pad_id)
         return TextEncoder(self._open_session(component), tokenizer)
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from edge_agent.errors import BundleError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "bundle.json"
 REBUILD = "run `python -m export` to write it again"
 
@@ -72,17 +72,25 @@ class TokenizerFiles:
 
 @dataclass(frozen=True, slots=True)
 class DiffusionSpec:
-    """How the edge model draws: sampler configuration, latent space and defaults.
+    """How the edge model draws: conditioning, sampler configuration, latent space and defaults.
 
-    Latents are `(B, latent_channels, height / vae_scale, width / vae_scale)`.
+    `denoiser` and `text_encoders` name components; `text_states` are the encoders' states that the
+    denoiser reads, `hidden` or `penultimate`; `empty_is_zeros` says that an empty negative prompt
+    stands for zeros. Latents are `(B, latent_channels, height / vae_scale, width / vae_scale)`, and
+    width and height are multiples of `size_step`.
     """
 
     family: str
     model: str
     digest: str
+    denoiser: str
+    text_encoders: tuple[str, ...]
+    text_states: str
+    empty_is_zeros: bool
     scheduler: Mapping[str, Any]
     latent_channels: int
     vae_scale: int
+    size_step: int
     scaling_factor: float
     shift_factor: float
     width: int
@@ -90,7 +98,6 @@ class DiffusionSpec:
     steps: int
     guidance: float
     max_size: int
-    text_encoder: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +127,14 @@ class RouterSpec:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle. Paths inside are resolved by `path_of` and `tokenizer_path`."""
+    """An opened bundle; `tokenizers` holds one for each text encoder, by component."""
 
     path: Path
     format: int
     created_by: str
     created_at: str
     components: Mapping[str, Component]
-    tokenizer: TokenizerFiles
-    tokenizer_diffusion: TokenizerFiles
+    tokenizers: Mapping[str, TokenizerFiles]
     diffusion: DiffusionSpec
     router: RouterSpec
 
@@ -162,7 +168,7 @@ def open_bundle(path: Path, verify: bool = True, *, cache_path: Path | None = No
         for component in bundle.components.values()
         for relative, record in component.files.items()
     }
-    for tokenizer in (bundle.tokenizer, bundle.tokenizer_diffusion):
+    for tokenizer in bundle.tokenizers.values():
         records[tokenizer.file] = tokenizer.record
     for relative, record in records.items():
         _check_size(path, relative, record)
@@ -196,7 +202,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if version > FORMAT:
         raise BundleError(
             f"the bundle {path} has format {version}, made by a newer version of routet2i-edge "
-            f"than this one, which reads up to {FORMAT}; upgrade routet2i-edge"
+            f"than this one, which reads format {FORMAT}; upgrade routet2i-edge"
+        )
+    if version < FORMAT:
+        raise BundleError(
+            f"the bundle {path} has format {version}, made by an older version of routet2i-edge "
+            f"than this one, which reads format {FORMAT}; {REBUILD}"
         )
     return content
 
@@ -219,6 +230,12 @@ class _Fields:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self._error(f"{self.where}{key}", kind.__name__)
+        return value
+
+    def one_of(self, key: str, *values: str) -> str:
+        value = self.get(key, str)
+        if value not in values:
+            raise self._error(f"{self.where}{key}", " or ".join(values))
         return value
 
     def child(self, key: str) -> _Fields:
@@ -252,22 +269,22 @@ class _Fields:
 def _parse(path: Path, content: dict[str, Any]) -> Bundle:
     root = _Fields(content, "", path / MANIFEST)
     components = root.child("components")
-    tokenizer = _tokenizer(root.child("tokenizer"))
-    own = "tokenizer_diffusion" in content
+    tokenizers = root.child("tokenizers")
     bundle = Bundle(
         path=path,
         format=root.get("format", int),
         created_by=root.get("created_by", str),
         created_at=root.get("created_at", str),
         components={name: _component(name, components.child(name)) for name in components.content},
-        tokenizer=tokenizer,
-        tokenizer_diffusion=_tokenizer(root.child("tokenizer_diffusion")) if own else tokenizer,
+        tokenizers={name: _tokenizer(tokenizers.child(name)) for name in tokenizers.content},
         diffusion=_diffusion(root.child("diffusion")),
         router=_router(root.child("router")),
     )
-    needed = (bundle.router.text_encoder, bundle.router.predictor, bundle.diffusion.text_encoder)
-    for name in (*needed, "unet", "vae_decoder"):
+    encoders = (bundle.router.text_encoder, *bundle.diffusion.text_encoders)
+    for name in (*encoders, bundle.router.predictor, bundle.diffusion.denoiser, "vae_decoder"):
         bundle.component(name)
+    for name in encoders:
+        tokenizers.child(name)
     return bundle
 
 
@@ -306,9 +323,14 @@ def _diffusion(fields: _Fields) -> DiffusionSpec:
         family=fields.get("family", str),
         model=fields.get("model", str),
         digest=fields.get("digest", str),
+        denoiser=fields.get("denoiser", str),
+        text_encoders=fields.all_of("text_encoders", str),
+        text_states=fields.one_of("text_states", "hidden", "penultimate"),
+        empty_is_zeros=fields.get("empty_is_zeros", bool),
         scheduler=fields.get("scheduler", dict),
         latent_channels=fields.get("latent_channels", int),
         vae_scale=fields.get("vae_scale", int),
+        size_step=fields.get("size_step", int),
         scaling_factor=fields.get("scaling_factor", float),
         shift_factor=fields.get("shift_factor", float),
         width=fields.get("width", int),
@@ -316,7 +338,6 @@ def _diffusion(fields: _Fields) -> DiffusionSpec:
         steps=fields.get("steps", int),
         guidance=fields.get("guidance", float),
         max_size=fields.get("max_size", int),
-        text_encoder=fields.get("text_encoder", str),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from edge_agent.errors import ConfigError
 from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, MAX_STEPS
-from edge_agent.types import Request, Route
+from edge_agent.types import Request, Route, SamplerName
 
 ENV_PREFIX = "EDGE_AGENT_"
 _LEAST_MONEY, _MOST_MONEY = Decimal("0.000001"), Decimal(1_000_000)
@@ -152,6 +152,13 @@ OPTIONS: dict[str, Option[Any]] = {
         "How strongly the prompt guides; 1 or less: not at all beyond the model.",
         "NUMBER",
     ),
+    "sampler": Option(
+        SamplerName,
+        None,
+        ", ".join(SamplerName),
+        "How the device walks from noise to a picture; by default as the model's scheduler.",
+        "NAME",
+    ),
     "negative_prompt": Option(str, "", "text", "What the picture should not show.", "TEXT"),
     "output": Option(
         Path, None, "a .png file or a folder", "The picture's file, or a folder for it.", "FILE"
@@ -189,6 +196,7 @@ class Settings:
     size: tuple[int, int] | None
     steps: int | None
     guidance: float | None
+    sampler: SamplerName | None
     negative_prompt: str
     output: Path | None
     threads: int | None
@@ -207,6 +215,7 @@ class Settings:
             height=height,
             steps=self.steps,
             guidance=self.guidance,
+            sampler=self.sampler,
             negative_prompt=self.negative_prompt,
             route=self.route,
             deadline_s=self.deadline,

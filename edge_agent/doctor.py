@@ -101,7 +101,7 @@ def _bundle(settings: Settings) -> dict[str, Any]:
 
 def _contents(bundle: Bundle, threads: int | None) -> dict[str, Any]:
     from edge_agent.agent import EdgeAgent
-    from edge_agent.diffusion.samplers import make_sampler
+    from edge_agent.diffusion.samplers import make_sampler, sampler_name
     from edge_agent.runtime.session import default_threads
 
     make_sampler(bundle.diffusion.scheduler, bundle.diffusion.steps)
@@ -120,6 +120,7 @@ def _contents(bundle: Bundle, threads: int | None) -> dict[str, Any]:
                 "size": f"{bundle.diffusion.width}x{bundle.diffusion.height}",
                 "steps": bundle.diffusion.steps,
                 "guidance": bundle.diffusion.guidance,
+                "sampler": sampler_name(bundle.diffusion.scheduler).value,
             },
             "this machine": {"threads": default_threads()},
         },

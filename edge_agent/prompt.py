@@ -6,7 +6,7 @@ import math
 import unicodedata
 
 from edge_agent.errors import ConfigError
-from edge_agent.types import Request
+from edge_agent.types import Request, SamplerName
 
 MAX_PROMPT_BYTES = 4096
 MAX_SEED = 2**63 - 1
@@ -41,6 +41,10 @@ def check_request(request: Request) -> None:
         math.isfinite(request.guidance) and request.guidance >= 0
     ):
         raise ConfigError(f"the guidance {request.guidance} is out of range; choose 0 or more")
+    if request.sampler is not None and request.sampler not in set(SamplerName):
+        raise ConfigError(
+            f"there is no sampler {str(request.sampler)!r}; choose {', '.join(SamplerName)}"
+        )
     if request.deadline_s is not None and not (
         math.isfinite(request.deadline_s) and request.deadline_s > 0
     ):

@@ -62,6 +62,7 @@ def _settings(result: Result) -> dict[str, Any]:
         "height": picture.height,
         "steps": picture.steps,
         "guidance": picture.guidance,
+        "sampler": None if picture.sampler is None else picture.sampler.value,
         "model": picture.model,
     }
 

@@ -20,9 +20,24 @@ class Route(StrEnum):
     CLOUD = "cloud"
 
 
+class SamplerName(StrEnum):
+    """How the device walks from noise to a picture."""
+
+    DDIM = "ddim"
+    EULER = "euler"
+    EULER_A = "euler-a"
+    DPMPP_2M = "dpmpp-2m"
+    DPMPP_2M_KARRAS = "dpmpp-2m-karras"
+    LCM = "lcm"
+    FLOW_EULER = "flow-euler"
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One wish for a picture. `None` means: the default of the model that draws."""
+    """One wish for a picture. `None` means: the default of the model that draws.
+
+    `sampler` is the device's; the cloud draws with its own.
+    """
 
     prompt: str
     seed: int | None = None
@@ -30,6 +45,7 @@ class Request:
     height: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    sampler: SamplerName | None = None
     negative_prompt: str = ""
     route: Route = Route.AUTO
     deadline_s: float | None = None
@@ -67,6 +83,7 @@ class Picture:
     steps: int
     guidance: float
     timings_ms: Mapping[str, float]
+    sampler: SamplerName | None = None  # where it is known: on the device
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import onnxruntime
 import torch
@@ -22,37 +20,41 @@ import torch
 from cloud_server.torchvision_guard import guard
 from cloud_server.training import predictor as predictors
 from cloud_server.training.encoders import TextEncoder
-from edge_agent.bundle import FORMAT, Component
+from edge_agent.bundle import Component
 from edge_agent.errors import BundleError
-from export import components, text
-from export.bundle_writer import MODEL, BundleWriter
-from export.components import Network
+from export import components, denoisers, text
+from export.bundle_writer import MODEL, ROUTER_TEXT, BundleWriter
 from export.errors import ExportError
+from export.files import digest_of
+from export.manifest import manifest
+from export.network import Network
 from export.optimise import opset_of, optimise
 from export.parity import GATES, check_parity
 from export.quiet import quiet
-from export.sources import Pipeline, RouterFolder, digest_of
+from export.sources import Lora, Pipeline, RouterFolder
+from export.text import Texts
 
 guard()
 import diffusers  # noqa: E402  the guard must come first
 
-REVISION = 2  # raise when components come out differently, so that none older is kept
+REVISION = 3  # raise when components come out differently, so that none older is kept
 STAGES = ("trace", "optimise", "compare")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-GROWTH = 2  # pictures may be this much larger a side than those the model was trained on
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What to export. `text_encoder` is the folder or id of what the router reads prompts with;
 
-    without it that is the pipeline's own. `gates` overrides parity gates by component.
+    without it that is the pipeline's own. `loras` are merged into the pipeline first. `gates`
+    overrides parity gates by component.
     """
 
     pipeline: Pipeline
     router: RouterFolder
     out: Path
     text_encoder: str | Path | None = None
+    loras: Sequence[Lora] = ()
     precision: str = "fp32"
     gates: Mapping[str, float] = field(default_factory=dict)
     fresh: bool = False
@@ -98,22 +100,9 @@ def export_bundle(
 
     Raises ExportError; the bundle that was there before is then still there.
     """
-    router_text, diffusion_text = _texts(job)
-    parts = _plan(job, router_text, diffusion_text)
     try:
-        writer = BundleWriter(job.out, fresh=job.fresh)
-        rows = []
-        for i, part in enumerate(parts):
-            start = clock()
-            kept = writer.keep(part.name, part.source)
-
-            def tell(stage: int, name: str = part.name, before: int = i * len(STAGES)) -> None:
-                on_stage(Stage(name, STAGES[stage], before + stage, len(parts) * len(STAGES)))
-
-            component = kept or _export(part, job.precision, writer, tell)
-            rows.append(Row(component, clock() - start, kept is not None))
-        manifest = _manifest(job, router_text, diffusion_text, writer, now())
-        return writer.finish([row.component for row in rows], manifest), rows
+        with _merged(job) as merged:
+            return _export_parts(merged, job.pipeline.folder, on_stage, clock, now)
     except OSError as err:
         raise ExportError(
             f"cannot write the bundle to '{job.out}': {err.strerror or err}; "
@@ -121,6 +110,48 @@ def export_bundle(
         ) from err
     except BundleError as err:
         raise ExportError(f"the device cannot read what was exported: {err}") from err
+
+
+def _export_parts(
+    job: Job,
+    original: Path,
+    on_stage: Callable[[Stage], None],
+    clock: Callable[[], float],
+    now: Callable[[], datetime],
+) -> tuple[Path, list[Row]]:
+    with _naming(ROUTER_TEXT):
+        source = job.text_encoder or original
+        router_text = text.open_text(source)
+        _check_router(job, source, router_text)
+        texts = text.read_texts(job.pipeline.folder, job.pipeline.family, router_text)
+    parts = _plan(job, texts)
+    writer = BundleWriter(job.out, fresh=job.fresh)
+    rows = []
+    for i, part in enumerate(parts):
+        start = clock()
+        kept = writer.keep(part.name, part.source)
+
+        def tell(stage: int, name: str = part.name, before: int = i * len(STAGES)) -> None:
+            on_stage(Stage(name, STAGES[stage], before + stage, len(parts) * len(STAGES)))
+
+        component = kept or _export(part, job.precision, writer, tell)
+        rows.append(Row(component, clock() - start, kept is not None))
+    components = [row.component for row in rows]
+    return writer.finish(components, manifest(job.pipeline, job.router, texts, writer, now())), rows
+
+
+@contextmanager
+def _merged(job: Job) -> Iterator[Job]:
+    """Give the job with its LoRAs in the pipeline, which lies beside the bundle meanwhile."""
+    if not job.loras:
+        yield job
+        return
+    from export.lora import merge  # needs peft, which nobody else does
+
+    out = job.out.expanduser().resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{out.name}.merged-", dir=out.parent) as folder:
+        yield replace(job, pipeline=merge(job.pipeline, job.loras, Path(folder)), loras=())
 
 
 def _export(
@@ -167,63 +198,53 @@ def _naming(what: str) -> Iterator[None]:
         ) from err
 
 
-def _texts(job: Job) -> tuple[TextEncoder, TextEncoder]:
-    """Return the text encoders of router and diffusion: one object where they agree."""
-    with _naming("text_encoder"):
-        diffusion = text.open_text(job.pipeline.folder)
-        router = text.open_text(job.text_encoder) if job.text_encoder else diffusion
-        if text.are_one(router, diffusion):
-            router = diffusion
-    if router.tower.width != job.router.width:
+def _check_router(job: Job, source: str | Path, encoder: TextEncoder) -> None:
+    """Refuse a router that was trained on another text encoder; raises ExportError."""
+    if encoder.tower.width != job.router.width:
         raise ExportError(
             f"the router in '{job.router.folder}' reads text states of width {job.router.width}, "
-            f"but the text encoder in '{job.text_encoder or job.pipeline.folder}' gives "
-            f"{router.tower.width}; pass --text-encoder and --router of one training"
-        )
-    probe = job.router.spec["text_probe"]
-    if not text.gives(router, probe["prompt"], probe["state"]):
-        raise ExportError(
-            f"the router in '{job.router.folder}' was trained on another text encoder than "
-            f"'{job.text_encoder or job.pipeline.folder}' has; "
+            f"but the text encoder in '{source}' gives {encoder.tower.width}; "
             "pass --text-encoder and --router of one training"
         )
-    return router, diffusion
+    probe = job.router.spec["text_probe"]
+    if not text.gives(encoder, probe["prompt"], probe["state"]):
+        raise ExportError(
+            f"the router in '{job.router.folder}' was trained on another text encoder than "
+            f"'{source}' has; pass --text-encoder and --router of one training"
+        )
 
 
-def _plan(job: Job, router_text: TextEncoder, diffusion_text: TextEncoder) -> list[_Part]:
-    folder, context = job.pipeline.folder, diffusion_text.context_length
-    size = job.pipeline.latent_size
+def _plan(job: Job, texts: Texts) -> list[_Part]:
+    pipeline, family, size = job.pipeline, job.pipeline.family, job.pipeline.latent_size
+    context_length = texts.router.context_length
 
     def part(
         name: str,
         metric: str,
         sources: Sequence[Path],
         load: Callable[[], Network],
-        identity: str = "",
+        *shape: object,
     ) -> _Part:
         gate = job.gates.get(name, GATES[metric])
         settings = [REVISION, str(torch.__version__), onnxruntime.__version__, job.precision, gate]
-        seal = json.dumps([digest_of(*sources), identity, context, size, *settings])
+        seal = json.dumps([digest_of(*sources), shape, *settings])
         return _Part(name, metric, gate, hashlib.sha256(seal.encode()).hexdigest(), load)
 
-    def unet() -> Network:
-        model = diffusers.UNet2DConditionModel.from_pretrained(
-            folder / "unet", torch_dtype=torch.float32
-        )
-        return components.unet(model, context)
+    def denoiser() -> Network:
+        kind = getattr(diffusers, family.denoiser_class)
+        model = kind.from_pretrained(pipeline.folder / family.denoiser, torch_dtype=torch.float32)
+        module = denoisers.WRAPPERS[family.denoiser_class](model, texts.width)
+        return denoisers.denoiser(module, size, texts.context_length, step=pipeline.latent_step)
 
     def vae_decoder() -> Network:
-        kind = getattr(diffusers, job.pipeline.vae_class)
-        vae = kind.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        kind = getattr(diffusers, pipeline.vae["_class_name"])
+        vae = kind.from_pretrained(pipeline.vae_folder, torch_dtype=torch.float32)
         return components.vae_decoder(vae, size)
 
     def predictor() -> Network:
         model = predictors.load(job.router.folder)
-        return components.predictor(model, router_text.context_length)
+        return components.predictor(model, context_length)
 
-    texts = {"text_encoder": router_text}
-    if diffusion_text is not router_text:
-        texts["text_encoder_diffusion"] = diffusion_text
     return [
         *(
             part(
@@ -231,81 +252,17 @@ def _plan(job: Job, router_text: TextEncoder, diffusion_text: TextEncoder) -> li
                 "cosine",
                 each.files,
                 partial(components.text_encoder, each.tower, each.context_length),
-                identity=f"{each.name} {each.context_length}",
+                (each.name, each.context_length, each.tower.outputs),
             )
-            for name, each in texts.items()
+            for name, each in texts.encoders.items()
         ),
-        part("predictor", "psnr_db", job.router.network_files, predictor),
-        part("unet", "psnr_db", (folder / "unet",), unet),
-        part("vae_decoder", "psnr_db", (folder / "vae",), vae_decoder),
+        part("predictor", "psnr_db", job.router.network_files, predictor, context_length),
+        part(
+            family.denoiser,
+            "psnr_db",
+            (pipeline.folder / family.denoiser,),
+            denoiser,
+            (texts.context_length, texts.width, size),
+        ),
+        part("vae_decoder", "psnr_db", (pipeline.vae_folder,), vae_decoder, size),
     ]
-
-
-def _manifest(
-    job: Job,
-    router_text: TextEncoder,
-    diffusion_text: TextEncoder,
-    writer: BundleWriter,
-    created_at: datetime,
-) -> dict[str, Any]:
-    pipeline, shared = job.pipeline, diffusion_text is router_text
-    drawing = pipeline.drawing()
-    side = pipeline.latent_size * pipeline.vae_scale
-    router = {key: value for key, value in job.router.spec.items() if key != "text_probe"}
-    tokenizers = {"tokenizer": _tokenizer(writer, "tokenizer.json", router_text)}
-    if not shared:
-        tokenizers["tokenizer_diffusion"] = _tokenizer(
-            writer, "tokenizer_diffusion.json", diffusion_text
-        )
-    return {
-        "format": FORMAT,
-        "created_by": f"routet2i-edge {_version()}",
-        "created_at": created_at.isoformat(timespec="seconds"),
-        **tokenizers,
-        "diffusion": {
-            "family": "stable-diffusion",
-            "model": pipeline.name,
-            "digest": digest_of(*(pipeline.folder / p for p in ("text_encoder", "unet", "vae"))),
-            "scheduler": _scheduler(pipeline),
-            "latent_channels": pipeline.unet["in_channels"],
-            "vae_scale": pipeline.vae_scale,
-            "scaling_factor": float(pipeline.vae.get("scaling_factor") or 1.0),
-            "shift_factor": 0.0,
-            **asdict(drawing),
-            "max_size": GROWTH * max(side, drawing.width, drawing.height),
-            "text_encoder": "text_encoder" if shared else "text_encoder_diffusion",
-        },
-        "router": {**router, "text_encoder": "text_encoder", "predictor": "predictor"},
-    }
-
-
-def _tokenizer(writer: BundleWriter, name: str, encoder: TextEncoder) -> dict[str, Any]:
-    return {
-        "file": name,
-        **asdict(writer.add_file(name, encoder.json)),
-        "context_length": encoder.context_length,
-        "pad_id": encoder.tower.pad_id,
-    }
-
-
-def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
-    """Return the scheduler's settings with diffusers' defaults filled in."""
-    kind = getattr(diffusers, pipeline.scheduler_class)
-    scheduler = kind.from_pretrained(pipeline.folder / "scheduler")
-    if isinstance(scheduler, diffusers.PNDMScheduler):
-        # Stable Diffusion 1 comes with PNDM; this solver needs half its steps on that schedule.
-        scheduler = diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config)
-    settings = {
-        key: value
-        for key, value in json.loads(scheduler.to_json_string()).items()
-        if key == "_class_name" or not key.startswith("_")
-    }
-    # A limit at infinity is none, and JSON has no infinity.
-    return {k: v for k, v in settings.items() if v not in (math.inf, -math.inf)}
-
-
-def _version() -> str:
-    try:
-        return version("routet2i-edge")
-    except PackageNotFoundError:
-        return "(not installed)"

@@ -16,13 +16,22 @@ from typing import Any
 
 from edge_agent.bundle import MANIFEST, Component, FileRecord, Parity, open_bundle
 from export.errors import ExportError
-from export.sources import file_sha256
+from export.files import file_sha256
 
 DONE = "components.json"  # in the partial folder: which components are finished
 MODEL = "model.onnx"
-COMPONENTS = ("text_encoder", "text_encoder_diffusion", "predictor", "unet", "vae_decoder")
-TOKENIZERS = ("tokenizer.json", "tokenizer_diffusion.json")
-OURS = {MANIFEST, DONE, *COMPONENTS, *TOKENIZERS}
+ROUTER_TEXT = "text_encoder"  # the router's, and the denoiser's where they are one
+DIFFUSION_TEXTS = ("text_encoder_diffusion", "text_encoder_diffusion_2")
+TEXT_ENCODERS = (ROUTER_TEXT, *DIFFUSION_TEXTS)
+COMPONENTS = (*TEXT_ENCODERS, "predictor", "unet", "transformer", "vae_decoder")
+
+
+def tokenizer_file(component: str) -> str:
+    """Return where a text encoder's tokenizer lies: `tokenizer.json` is the router's."""
+    return component.replace(ROUTER_TEXT, "tokenizer") + ".json"
+
+
+OURS = {MANIFEST, DONE, *COMPONENTS, *map(tokenizer_file, TEXT_ENCODERS)}
 
 
 class BundleWriter:
@@ -108,7 +117,7 @@ class BundleWriter:
 
     def finish(self, components: Sequence[Component], manifest: Mapping[str, Any]) -> Path:
         """Write the manifest last, open the result as the device does, and put it in place."""
-        tokenizers = {manifest[key]["file"] for key in manifest if key.startswith("tokenizer")}
+        tokenizers = {entry["file"] for entry in manifest["tokenizers"].values()}
         wanted = {component.name for component in components} | tokenizers | {DONE}
         for stray in self.partial.iterdir():
             if stray.is_dir() and stray.name not in wanted:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
 
 from cloud_server.starter import starter_folder
 from edge_agent.bundle import default_path
+from edge_agent.prompt import MAX_STEPS
 from export.errors import ExportError
 from export.quiet import quiet
-from export.sources import open_pipeline, open_router
+from export.sources import (
+    Pipeline,
+    RouterFolder,
+    open_lora,
+    open_pipeline,
+    open_router,
+    with_vae,
+)
 
 if TYPE_CHECKING:
     from export.build import Row, Stage
@@ -26,6 +35,14 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.command("export", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--starter", type=FOLDER, help="Folder of starter models; default: those shipped.")
 @click.option("--edge-model", metavar="ID_OR_DIR", help="Diffusers pipeline the device draws with.")
+@click.option("--vae", type=FOLDER, help="Autoencoder to decode with, such as TAESD's folder.")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="DIR[:SCALE]",
+    help="LoRA merged into the edge model; may be given several times.",
+)
 @click.option(
     "--text-encoder",
     "--clip",
@@ -33,6 +50,8 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
     help="What the router reads prompts with, as for train-router; default: the pipeline's own.",
 )
 @click.option("--router", type=FOLDER, help="Folder of the trained routing network.")
+@click.option("--steps", type=click.IntRange(1, MAX_STEPS), help="Steps where none are asked for.")
+@click.option("--guidance", type=click.FloatRange(0), help="Guidance where none is asked for.")
 @click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
 @click.option(
     "-o",
@@ -47,8 +66,12 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 def main(
     starter: Path | None,
     edge_model: str | None,
+    vae: Path | None,
+    loras: tuple[str, ...],
     text_encoder: str | None,
     router: Path | None,
+    steps: int | None,
+    guidance: float | None,
     precision: str,
     output: Path | None,
     force: bool,
@@ -61,8 +84,18 @@ def main(
     kept, and an export that was stopped goes on where it was.
     """
     try:
+        pipeline, text_encoder, network = _sources(starter, edge_model, text_encoder, router)
+        pipeline = pipeline if vae is None else with_vae(pipeline, vae)
+        pipeline = replace(pipeline, steps=steps, guidance=guidance)
         path, rows = _export(
-            starter, edge_model, text_encoder, router, precision, output, force, silent
+            silent,
+            pipeline=pipeline,
+            router=network,
+            out=output or default_path(),
+            text_encoder=text_encoder,
+            loras=[open_lora(each) for each in loras],
+            precision=precision,
+            fresh=force,
         )
     except Exception as err:
         if debug:
@@ -86,29 +119,21 @@ def main(
     click.echo(path)
 
 
-def _export(
-    starter: Path | None,
-    edge_model: str | None,
-    text_encoder: str | None,
-    router: Path | None,
-    precision: str,
-    output: Path | None,
-    force: bool,
-    silent: bool,
-) -> tuple[Path, Sequence[Row]]:
-    if edge_model and router and not starter:
+def _sources(
+    starter: Path | None, edge_model: str | None, text_encoder: str | None, router: Path | None
+) -> tuple[Pipeline, str | None, RouterFolder]:
+    """Find what is exported: whatever is not named is the starter's."""
+    if router is None:
+        starter = starter or _starter()
+        router, text_encoder = starter / "router", text_encoder or str(starter / "edge")
+    if edge_model:
         pipeline = open_pipeline(edge_model)
     else:
-        starter = starter or _starter()
-        if router is None:
-            router = starter / "router"
-            text_encoder = text_encoder or str(starter / "edge")
-        pipeline = (
-            open_pipeline(edge_model)
-            if edge_model
-            else open_pipeline(str(starter / "edge"), name="starter-edge")
-        )
-    network = open_router(router)
+        pipeline = open_pipeline(f"{starter or _starter()}/edge", name="starter-edge")
+    return pipeline, text_encoder, open_router(router)
+
+
+def _export(silent: bool, **job: Any) -> tuple[Path, Sequence[Row]]:
     with tqdm(
         desc="load models",
         bar_format="{desc:<30} {bar:30} {elapsed}",
@@ -124,15 +149,7 @@ def _export(
             # Imported late: torch and diffusers take seconds, and a wrong folder should not.
             from export.build import Job, export_bundle
 
-            job = Job(
-                pipeline=pipeline,
-                router=network,
-                out=output or default_path(),
-                text_encoder=text_encoder,
-                precision=precision,
-                fresh=force,
-            )
-            return export_bundle(job, show)
+            return export_bundle(Job(**job), show)
 
 
 def _starter() -> Path:

@@ -5,42 +5,48 @@ Everything is checked here before any work starts, so that a wrong folder costs 
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edge_agent.diffusion.samplers import SCHEDULERS, make_sampler
+from edge_agent.errors import BundleError
 from export.errors import ExportError
+from export.families import FAMILIES, VAES, Family
+from export.files import read_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ("*.json", "tokenizer*/*", "scheduler/*", "*/config.json", "*.safetensors")
-HUB_PARTS_NOT_USED = ("*.fp16.*", "*non_ema*", "safety_checker/*", "feature_extractor/*")
+HUB_FILES = ("*.json", "tokenizer*/*", "scheduler/*", "*/config.json", "*/*.safetensors")
+HUB_PARTS_NOT_USED = (
+    "*.fp16.*",
+    "*non_ema*",
+    "safety_checker/*",
+    "feature_extractor/*",
+    "text_encoder_3/*",
+    "tokenizer_3/*",
+)
 
-# Classes whose parts the device can run, by their key in model_index.json.
-SUPPORTED = {
-    "_class_name": ("StableDiffusionPipeline",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderTiny", "AutoencoderKL"),
-    "scheduler": (
-        "DPMSolverMultistepScheduler",
-        "DDIMScheduler",
-        "EulerDiscreteScheduler",
-        "PNDMScheduler",
-    ),
+# Stable Diffusion 1 comes with PNDM; this solver needs half its steps on the same schedule.
+REPLACED = {"PNDMScheduler": "DPMSolverMultistepScheduler"}
+# Settings of UNets that ask for inputs which the device does not feed, but for those values.
+EXTRA_INPUTS: dict[str, dict[str, tuple[str | None, ...]]] = {
+    "stable-diffusion": {
+        "addition_embed_type": (None, "text"),  # "text" pools the states inside the network
+        "class_embed_type": (None,),
+        "encoder_hid_dim_type": (None,),
+    },
+    "stable-diffusion-xl": {
+        "addition_embed_type": ("text_time",),
+        "class_embed_type": (None,),
+        "encoder_hid_dim_type": (None,),
+    },
 }
-DESCRIPTIONS = {"text_encoder": "config.json", "scheduler": "scheduler_config.json"}
-# UNet settings that ask for inputs which the device does not feed, but for those values.
-EXTRA_INPUTS = {
-    "addition_embed_type": (None, "text"),  # "text" pools the caption's states inside the network
-    "class_embed_type": (None,),
-    "encoder_hid_dim_type": (None,),
-}
-DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 7.5
+GROWTH = 2  # pictures may be this much larger a side than those the model was trained on
+# What AutoencoderKL's configuration leaves out in old models; that of the tiny one is 1.
+KL_SCALING_FACTOR = 0.18215
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +61,22 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A Stable Diffusion folder in diffusers layout."""
+    """A folder in diffusers layout; `vae_folder` is its own autoencoder's, or another one's.
+
+    `index`, `scheduler`, `denoiser` and `vae` are what the folder's JSON files say; `steps` and
+    `guidance` stand above all that they say of those.
+    """
 
     folder: Path
     name: str
-    vae_class: str
-    scheduler_class: str
-    unet: Mapping[str, Any]
+    family: Family
+    index: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    denoiser: Mapping[str, Any]
+    vae_folder: Path
     vae: Mapping[str, Any]
+    steps: int | None = None
+    guidance: float | None = None
 
     @property
     def vae_scale(self) -> int:
@@ -71,23 +85,75 @@ class Pipeline:
         return int(2 ** (len(channels) - 1))
 
     @property
+    def scaling_factor(self) -> float:
+        """Factor from the decoder's latents to those of the denoiser."""
+        default = KL_SCALING_FACTOR if self.vae["_class_name"] == "AutoencoderKL" else 1.0
+        return float(self.vae.get("scaling_factor") or default)
+
+    @property
+    def shift_factor(self) -> float:
+        """Offset of the decoder's latents from those of the denoiser."""
+        return float(self.vae.get("shift_factor") or 0.0)
+
+    @property
+    def latent_step(self) -> int:
+        """Number of which the sides of latents are multiples."""
+        return int(self.denoiser.get("patch_size") or 1)
+
+    @property
     def latent_size(self) -> int:
         """Side of the latents the model was trained on."""
-        size = self.unet.get("sample_size") or 64
+        size = self.denoiser.get("sample_size") or 64
         return int(size if isinstance(size, int) else max(size))
+
+    @property
+    def max_size(self) -> int:
+        """Pixels a side up to which pictures may be asked for."""
+        drawing = self.drawing()
+        side = GROWTH * max(self.latent_size * self.vae_scale, drawing.width, drawing.height)
+        positions = self.denoiser.get("pos_embed_max_size")
+        if positions is None:
+            return side
+        return min(side, int(positions) * self.latent_step * self.vae_scale)
+
+    @property
+    def empty_is_zeros(self) -> bool:
+        """Whether an empty negative prompt stands for zeros instead of what encoders say to it."""
+        own = self.index.get("force_zeros_for_empty_prompt", self.family.empty_is_zeros)
+        return bool(own) and self.family.empty_is_zeros
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the strength of guidance is an input of the denoiser."""
+        return self.denoiser.get("time_cond_proj_dim") is not None
 
     def drawing(self) -> Drawing:
         """Return the settings in defaults.json, or usual ones at the size of training."""
         side = self.latent_size * self.vae_scale
-        usual = {
-            "width": side,
-            "height": side,
-            "steps": DEFAULT_STEPS,
-            "guidance": DEFAULT_GUIDANCE,
-        }
+        steps, guidance = self._usual()
+        usual = {"width": side, "height": side, "steps": steps, "guidance": guidance}
         own = self.folder / "defaults.json"
         wanted = read_json(own) if own.is_file() else {}
+        asked = {"steps": self.steps, "guidance": self.guidance}
+        wanted |= {key: value for key, value in asked.items() if value is not None}
         return Drawing(**{key: wanted.get(key, value) for key, value in usual.items()})
+
+    def _usual(self) -> tuple[int, float]:
+        name, spacing = self.scheduler["_class_name"], self.scheduler.get("timestep_spacing")
+        if name == "LCMScheduler":  # diffusers' own for these pipelines
+            return 4, 8.5 if self.takes_guidance else 1.0
+        if name == "EulerAncestralDiscreteScheduler" and spacing == "trailing":
+            return 1, 0.0  # as Turbo models come
+        return self.family.steps, self.family.guidance
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A file of LoRA weights, and how much of them is added."""
+
+    path: Path
+    scale: float
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +173,7 @@ class RouterFolder:
 def open_pipeline(source: str, name: str | None = None) -> Pipeline:
     """Check and describe the pipeline in a folder, or fetch it when `source` is a hub id.
 
-    Raises ExportError when there is none or it holds a class that the device cannot run.
+    Raises ExportError when there is none or it holds a class or setting that the device cannot run.
     """
     folder = _folder_of(source)
     index_file = folder / "model_index.json"
@@ -117,37 +183,107 @@ def open_pipeline(source: str, name: str | None = None) -> Pipeline:
             "pass the folder that save_pretrained wrote or a hub id"
         )
     index = read_json(index_file)
-    classes = {"_class_name": index.get("_class_name")}
-    classes |= {part: (index.get(part) or [None, None])[1] for part in SUPPORTED if part[0] != "_"}
-    for key, supported in SUPPORTED.items():
-        if classes[key] not in supported:
-            what = "pipeline" if key == "_class_name" else key
+    kind = index.get("_class_name")
+    if kind not in FAMILIES:
+        raise ExportError(
+            f"the pipeline of '{source}' is a {kind}, which the device cannot run; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    for part, supported in {**family.classes, "scheduler": (*SCHEDULERS, *REPLACED)}.items():
+        found = (index.get(part) or [None, None])[1]
+        if found not in supported:
             raise ExportError(
-                f"the {what} of '{source}' is a {classes[key]}, which the device cannot run; "
+                f"the {part} of '{source}' is a {found}, which the device cannot run; "
                 f"supported: {', '.join(supported)}"
             )
-    unet = read_json(folder / "unet" / "config.json")
-    for extra, fed in EXTRA_INPUTS.items():
-        if unet.get(extra) not in fed:
-            raise ExportError(
-                f"the unet of '{source}' has {extra}={unet[extra]!r}, which the device cannot "
-                "feed; choose a text-to-image model of the Stable Diffusion 1 or 2 family"
-            )
-    if unet.get("time_cond_proj_dim") is not None:
-        raise ExportError(
-            f"the unet of '{source}' is conditioned on guidance (time_cond_proj_dim="
-            f"{unet['time_cond_proj_dim']}), which the device cannot feed; choose another model"
-        )
-    for part, file in DESCRIPTIONS.items():
-        read_json(folder / part / file)
+    denoiser = read_json(folder / family.denoiser / "config.json")
+    _check_inputs(source, family, denoiser)
+    for encoder in family.encoders:
+        read_json(folder / encoder.folder / "config.json")
     return Pipeline(
         folder=folder,
         name=name or (source if folder != Path(source) else folder.resolve().name),
-        vae_class=str(classes["vae"]),
-        scheduler_class=str(classes["scheduler"]),
-        unet=unet,
-        vae=read_json(folder / "vae" / "config.json"),
+        family=family,
+        index=index,
+        scheduler=_read_scheduler(source, folder, str(index["scheduler"][1])),
+        denoiser=denoiser,
+        vae_folder=folder / "vae",
+        vae=_read_vae(folder / "vae", str(index["vae"][1])),
     )
+
+
+def with_vae(pipeline: Pipeline, folder: Path) -> Pipeline:
+    """Return the pipeline with the autoencoder in `folder` in the place of its own.
+
+    Raises ExportError when there is none or its latents are others.
+    """
+    vae = _read_vae(folder)
+    changed = replace(pipeline, vae_folder=folder, vae=vae)
+    for what, own, other in (
+        ("channels", pipeline.denoiser["in_channels"], vae.get("latent_channels", 4)),
+        ("pixels a latent", pipeline.vae_scale, changed.vae_scale),
+    ):
+        if own != other:
+            raise ExportError(
+                f"the autoencoder in '{folder}' has {other} {what}, but '{pipeline.name}' needs "
+                f"{own}; pass one that was made for this family"
+            )
+    return changed
+
+
+def open_lora(source: str) -> Lora:
+    """Find the weights that `DIR[:scale]`, or `FILE[:scale]`, speaks of; raises ExportError."""
+    name, _, number = source.rpartition(":")
+    try:
+        path, scale = Path(name), float(number)
+    except ValueError:
+        path, scale = Path(source), 1.0
+    if not name:
+        path, scale = Path(source), 1.0
+    files = [path] if path.suffix == ".safetensors" else sorted(path.glob("*.safetensors"))
+    if len(files) != 1 or not files[0].is_file() or not math.isfinite(scale):
+        raise ExportError(
+            f"'{source}' is no LoRA: expected a folder with one .safetensors file, or that file, "
+            "and after a colon, if it is not 1, the scale"
+        )
+    return Lora(files[0], scale, path.stem)
+
+
+def _check_inputs(source: str, family: Family, denoiser: Mapping[str, Any]) -> None:
+    for extra, fed in EXTRA_INPUTS.get(family.name, {}).items():
+        if denoiser.get(extra) not in fed:
+            raise ExportError(
+                f"the unet of '{source}' has {extra}={denoiser.get(extra)!r}, which the device "
+                f"cannot feed in a {family.name} pipeline; choose a text-to-image model"
+            )
+
+
+def _read_scheduler(source: str, folder: Path, kind: str) -> dict[str, Any]:
+    """Read the scheduler's configuration, and try whether the device has a sampler for it."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    config["_class_name"] = REPLACED.get(kind, kind)
+    try:
+        make_sampler(config, steps=2)
+    except BundleError as err:
+        raise ExportError(f"'{source}' cannot be sampled: {err}") from err
+    return config
+
+
+def _read_vae(folder: Path, kind: str | None = None) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    config["_class_name"] = kind or config.get("_class_name")
+    if config["_class_name"] not in VAES:
+        raise ExportError(
+            f"the autoencoder in '{folder}' is a {config['_class_name']}, which the device cannot "
+            f"run; supported: {', '.join(VAES)}"
+        )
+    if config.get("latents_mean") is not None:
+        raise ExportError(
+            f"the autoencoder in '{folder}' has latents_mean, which the device does not undo; "
+            "choose another with --vae"
+        )
+    return config
 
 
 def open_router(folder: Path) -> RouterFolder:
@@ -170,33 +306,6 @@ def open_router(folder: Path) -> RouterFolder:
             "train it again with cloud-server train-router"
         )
     return RouterFolder(folder, int(config["width"]), spec)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; raises ExportError naming the file when it is missing or damaged."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise ExportError(f"cannot read '{file}': {err}; fetch or train the model again") from err
-    if not isinstance(value, dict):
-        raise ExportError(f"'{file}' holds no JSON object; fetch or train the model again")
-    return value
-
-
-def digest_of(*paths: Path) -> str:
-    """Return one sha256 over names and contents of files, and of the files in folders."""
-    total = hashlib.sha256()
-    for path in paths:
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if file.is_file():
-                total.update(f"{file.name} {file_sha256(file)}\n".encode())
-    return total.hexdigest()
-
-
-def file_sha256(file: Path) -> str:
-    """Return the hex digest of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _folder_of(source: str) -> Path:

@@ -141,7 +141,7 @@ def _transformers(
     name: str, source: str | Path, vocabulary: str | Path | None = None
 ) -> TextEncoder:
     config = AutoConfig.from_pretrained(source)
-    tokenizer = _tokenizer(vocabulary or source)
+    tokenizer = read_tokenizer(vocabulary or source)
     settings: dict[str, Any] = {"dtype": torch.float32}
     tower: Tower
     if config.model_type in CLIP_TYPES:
@@ -155,7 +155,7 @@ def _transformers(
             model = model.get_encoder()
         tower = HuggingFaceTower(getattr(model, "text_model", model))
     files = (source,) if isinstance(source, Path) else ()
-    return _checked(name, tower, tokenizer, files)
+    return assemble(name, tower, tokenizer, files)
 
 
 def _open_clip(
@@ -164,20 +164,20 @@ def _open_clip(
     model = open_clip.create_model(model_name, pretrained, precision="fp32")
     text = getattr(model, "text", model)  # some open_clip classes nest it, some do not
     if model_name.startswith("local-dir:"):
-        tokenizer = _tokenizer(Path(model_name.removeprefix("local-dir:")))
+        tokenizer = read_tokenizer(Path(model_name.removeprefix("local-dir:")))
     else:
         tokenizer = _fast(open_clip.get_tokenizer(model_name))
     if hasattr(text, "token_embedding"):
         own = getattr(text, "pad_id", 0)
         pad = tokenizer.pad_token_id
-        return _checked(
+        return assemble(
             name, OpenClipTower(text, own if pad is None else int(pad)), tokenizer, files
         )
-    return _checked(name, HuggingFaceTower(text.transformer), tokenizer, files)
+    return assemble(name, HuggingFaceTower(text.transformer), tokenizer, files)
 
 
-def _tokenizer(source: str | Path) -> Any:
-    """Read a tokenizer in a form that the device can run."""
+def read_tokenizer(source: str | Path) -> Any:
+    """Read a tokenizer in a form that the device can run; raises ModelError."""
     try:
         if (
             isinstance(source, Path)
@@ -216,7 +216,8 @@ def _fast(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _checked(name: str, tower: Tower, tokenizer: Any, files: tuple[Path, ...]) -> TextEncoder:
+def assemble(name: str, tower: Tower, tokenizer: Any, files: tuple[Path, ...]) -> TextEncoder:
+    """Put a tower and its tokenizer together; raises ModelError where they do not match."""
     if len(tokenizer) > tower.vocab_size:
         raise ModelError(
             f"the tokenizer of '{name}' knows {len(tokenizer)} tokens and its text encoder only "

@@ -15,6 +15,7 @@ class Tower(nn.Module):
 
     `pad_id` fills prompts up to `context_length` where somebody reads what stands there, else it
     is None and prompts are as long as they are. `end_id` is the token that must come last, if any.
+    `outputs` names what it gives, which may be more.
     """
 
     width: int
@@ -22,6 +23,7 @@ class Tower(nn.Module):
     context_length: int
     pad_id: int | None
     end_id: int | None = None
+    outputs: tuple[str, ...] = ("hidden", "pooled")
 
 
 class ClipTower(Tower):
@@ -39,7 +41,7 @@ class ClipTower(Tower):
         self.end_id = self.vocab_size - 1
         self.pad_id = pad_id
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         out = self.encoder(input_ids=input_ids)
         return out.last_hidden_state, out.pooler_output
 

@@ -37,13 +37,17 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Tokens with their hidden states (1, n, d) and the pooled state (1, d), float32."""
+    """Tokens with their hidden states (1, n, d) and the pooled state (1, d), float32.
+
+    `penultimate` (1, n, d) are the states before the last layer, where the encoder gives them.
+    """
 
     input_ids: NDArray[np.int64]
     mask: NDArray[np.float32]
     hidden: NDArray[np.float32]
     pooled: NDArray[np.float32]
     dropped: int = 0
+    penultimate: NDArray[np.float32] | None = None
 
 
 class Tokenizer:
@@ -101,5 +105,6 @@ class TextEncoder:
     def encode(self, prompt: str) -> Encoded:
         """Run the text encoder on one prompt."""
         tokens = self._tokenizer.encode(prompt)
-        hidden, pooled = self._session.run({"input_ids": tokens.input_ids})
-        return Encoded(tokens.input_ids, tokens.mask, hidden, pooled, tokens.dropped)
+        hidden, pooled, *more = self._session.run({"input_ids": tokens.input_ids})
+        penultimate = more[0] if more else None
+        return Encoded(tokens.input_ids, tokens.mask, hidden, pooled, tokens.dropped, penultimate)

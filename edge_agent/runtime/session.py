@@ -82,9 +82,6 @@ class Session:
         self.inputs: dict[str, np.dtype[Any]] = {
             node.name: np.dtype(_DTYPES[node.type]) for node in self._session.get_inputs()
         }
-        self.input_ranks: dict[str, int] = {
-            node.name: len(node.shape) for node in self._session.get_inputs()
-        }
         self.providers: list[str] = self._session.get_providers()
 
     def run(

@@ -87,24 +87,28 @@ def predictor(file: Path) -> Path:
     )
 
 
-def unet(file: Path, *, factor: float = 0.5, timestep_rank: int = 0) -> Path:
-    """Prediction is the sample scaled, shifted by the prompt and by the time."""
+def unet(file: Path, *, factor: float = 0.5, guided: bool = False) -> Path:
+    """Prediction is the sample scaled, shifted by the prompt and by the time.
+
+    With `guided` the strength of guidance is one more input, and the factor.
+    """
+    told = {"guidance": (TensorProto.FLOAT, [])} if guided else {}
     return save(
         file,
         [
             helper.make_node("Cast", ["timestep"], ["time"], to=TensorProto.FLOAT),
-            helper.make_node("ReduceMean", ["time"], ["instant"], keepdims=0),
-            helper.make_node("Mul", ["instant", "tick"], ["late"]),
+            helper.make_node("Mul", ["time", "tick"], ["late"]),
             helper.make_node("ReduceMean", ["encoder_hidden_states", "axes"], ["said"], keepdims=0),
             helper.make_node("Reshape", ["said", "column"], ["shift"]),
-            helper.make_node("Mul", ["sample", "factor"], ["scaled"]),
+            helper.make_node("Mul", ["sample", "guidance" if guided else "factor"], ["scaled"]),
             helper.make_node("Add", ["scaled", "shift"], ["shifted"]),
             helper.make_node("Add", ["shifted", "late"], ["out_sample"]),
         ],
         {
             "sample": (TensorProto.FLOAT, ["batch", LATENTS, "rows", "columns"]),
-            "timestep": (TensorProto.INT64, ["batch"] * timestep_rank),
+            "timestep": (TensorProto.INT64, []),
             "encoder_hidden_states": (TensorProto.FLOAT, ["batch", "tokens", WIDTH]),
+            **told,
         },
         {"out_sample": ["batch", LATENTS, "rows", "columns"]},
         [
@@ -182,20 +186,26 @@ def write_bundle(folder: Path) -> Path:
         }.items()
     }
     manifest = {
-        "format": 1,
+        "format": 2,
         "created_by": "routet2i-edge 0.0.0",
         "created_at": "2026-01-01T00:00:00+00:00",
         "components": {name: component(folder, file) for name, file in files.items()},
-        "tokenizer": {
-            "file": "tokenizer.json",
-            **file_record(folder / "tokenizer.json"),
-            "context_length": CONTEXT,
-            "pad_id": 0,
+        "tokenizers": {
+            "text_encoder": {
+                "file": "tokenizer.json",
+                **file_record(folder / "tokenizer.json"),
+                "context_length": CONTEXT,
+                "pad_id": 0,
+            }
         },
         "diffusion": {
             "family": "stable-diffusion",
             "model": "tiny",
             "digest": "d" * 64,
+            "denoiser": "unet",
+            "text_encoders": ["text_encoder"],
+            "text_states": "hidden",
+            "empty_is_zeros": False,
             "scheduler": {
                 "_class_name": "DPMSolverMultistepScheduler",
                 "beta_start": 0.00085,
@@ -206,6 +216,7 @@ def write_bundle(folder: Path) -> Path:
             },
             "latent_channels": LATENTS,
             "vae_scale": SCALE,
+            "size_step": SCALE,
             "scaling_factor": 1.0,
             "shift_factor": 0.0,
             "width": 64,
@@ -213,7 +224,6 @@ def write_bundle(folder: Path) -> Path:
             "steps": 4,
             "guidance": 4.0,
             "max_size": 128,
-            "text_encoder": "text_encoder",
         },
         "router": {
             "metrics": [

@@ -314,8 +314,9 @@ def test_a_model_with_its_own_text_encoder_is_conditioned_by_that(
     def change(content: dict[str, Any]) -> None:
         own = dict(content["components"]["text_encoder"])
         content["components"]["text_encoder_diffusion"] = own
-        content["tokenizer_diffusion"] = content["tokenizer"]
-        content["diffusion"]["text_encoder"] = "text_encoder_diffusion"
+        tokenizers = content["tokenizers"]
+        tokenizers["text_encoder_diffusion"] = tokenizers["text_encoder"]
+        content["diffusion"]["text_encoders"] = ["text_encoder_diffusion"]
 
     rewrite(tiny_bundle, change)
     agent = make_agent()

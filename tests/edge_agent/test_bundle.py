@@ -25,7 +25,7 @@ def test_opens_with_typed_parts(tiny_bundle: Path) -> None:
         "Sharpness",
         "Layout",
     ]
-    assert bundle.tokenizer_diffusion is bundle.tokenizer
+    assert list(bundle.tokenizers) == ["text_encoder"]
 
 
 def test_a_missing_bundle_names_the_folder_and_the_command(tmp_path: Path) -> None:
@@ -47,8 +47,14 @@ def test_a_truncated_manifest_is_named(tiny_bundle: Path) -> None:
 
 
 def test_a_newer_format_asks_for_an_upgrade(tiny_bundle: Path, rewrite: Rewrite) -> None:
-    rewrite(tiny_bundle, lambda content: content.update(format=2, components={}))
-    with pytest.raises(BundleError, match=r"format 2, made by a newer version.*upgrade"):
+    rewrite(tiny_bundle, lambda content: content.update(format=3, components={}))
+    with pytest.raises(BundleError, match=r"format 3, made by a newer version.*upgrade"):
+        open_bundle(tiny_bundle)
+
+
+def test_an_older_format_asks_for_an_export(tiny_bundle: Path, rewrite: Rewrite) -> None:
+    rewrite(tiny_bundle, lambda content: content.update(format=1))
+    with pytest.raises(BundleError, match=r"format 1, made by an older .* `python -m export`"):
         open_bundle(tiny_bundle)
 
 
@@ -75,10 +81,15 @@ def _without(*path: str) -> Callable[[dict[str, Any]], None]:
         (_without("components", "unet"), "no component 'unet'"),
         (_without("components", "unet", "parity", "gate"), "'components.unet.parity.gate'"),
         (_without("router", "metrics"), "'router.metrics'"),
+        (
+            lambda content: content["diffusion"].update(text_states="last"),
+            "'diffusion.text_states' .expected hidden or penultimate",
+        ),
+        (_without("tokenizers", "text_encoder"), "'tokenizers.text_encoder.'"),
         (lambda content: content["router"]["metrics"].append(3), r"'router.metrics\[3\].'"),
         (lambda content: content["router"]["score_digest"].append("x"), "score_digest.200'"),
         (
-            lambda content: content["tokenizer"].update(file="../../etc/passwd"),
+            lambda content: content["tokenizers"]["text_encoder"].update(file="../../etc/passwd"),
             "outside the bundle",
         ),
     ],
@@ -125,7 +136,7 @@ def test_a_changed_byte_fails_the_digest_even_after_a_good_opening(
     os.utime(file, ns=(before + 1_000_000, before + 1_000_000))
     with pytest.raises(BundleError, match=rf"{file.name} is not what was exported"):
         open_bundle(tiny_bundle)
-    assert open_bundle(tiny_bundle, verify=False).format == 1
+    assert open_bundle(tiny_bundle, verify=False).format == 2
 
 
 def test_digests_are_remembered_while_size_and_time_hold(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -142,9 +153,9 @@ def test_digests_are_remembered_while_size_and_time_hold(tiny_bundle: Path, tmp_
 def test_a_damaged_cache_only_costs_time(tiny_bundle: Path, tmp_path: Path, content: str) -> None:
     cache = tmp_path / "verified.json"
     cache.write_text(content)
-    assert open_bundle(tiny_bundle, cache_path=cache).format == 1
+    assert open_bundle(tiny_bundle, cache_path=cache).format == 2
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_us(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert open_bundle(tiny_bundle, cache_path=tmp_path / "file" / "verified.json").format == 1
+    assert open_bundle(tiny_bundle, cache_path=tmp_path / "file" / "verified.json").format == 2

@@ -34,8 +34,8 @@ def test_every_option_has_a_setting_and_an_environment_twin(config: Path) -> Non
         "pace": "on", "budget_pictures": "5", "budget_cost": "1.50", "cloud_cost": "0.05",
         "ledger": "l.sqlite3",
         "route": "cloud", "deadline": "3", "private": "1", "seed": "9", "size": "64x32",
-        "steps": "3", "guidance": "2.5", "negative_prompt": "rain", "output": "a.png",
-        "threads": "2", "json": "yes", "quiet": "on", "debug": "TRUE",
+        "steps": "3", "guidance": "2.5", "sampler": "euler-a", "negative_prompt": "rain",
+        "output": "a.png", "threads": "2", "json": "yes", "quiet": "on", "debug": "TRUE",
     }  # fmt: skip
     assert set(good) == set(OPTIONS)
     env = {f"EDGE_AGENT_{name.upper()}": value for name, value in good.items()}
@@ -74,6 +74,7 @@ def test_an_empty_variable_is_no_value(config: Path) -> None:
         ("steps", "201"),
         ("guidance", "-1"),
         ("guidance", "inf"),
+        ("sampler", "plms"),
         ("threads", "0"),
         ("offline", "maybe"),
         ("pace", "often"),

@@ -46,6 +46,7 @@ def test_accepts_what_a_person_may_type(prompt: str) -> None:
         ({"height": -8}, "height -8"),
         ({"guidance": float("nan")}, "guidance nan"),
         ({"guidance": -1.0}, "guidance -1.0"),
+        ({"sampler": "plms"}, "no sampler 'plms'"),
         ({"deadline_s": 0.0}, "deadline 0.0"),
         ({"negative_prompt": "\x07"}, r"negative prompt .*U\+0007"),
     ],

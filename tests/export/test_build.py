@@ -85,14 +85,17 @@ def test_the_manifest_says_what_the_device_needs(exported):
     assert (drawing.latent_channels, drawing.vae_scale, drawing.model) == (8, 8, "tiny")
     assert drawing.scheduler["_class_name"] == "DPMSolverMultistepScheduler"
     assert drawing.scheduler["prediction_type"] == "v_prediction"
-    assert bundle.router.text_encoder == drawing.text_encoder == "text_encoder"
-    assert (bundle.tokenizer.context_length, bundle.tokenizer.pad_id) == (32, 0)
+    assert bundle.router.text_encoder == "text_encoder"
+    assert drawing.text_encoders == ("text_encoder",)
+    assert (drawing.family, drawing.denoiser) == ("stable-diffusion", "unet")
+    tokenizer = bundle.tokenizers["text_encoder"]
+    assert (tokenizer.context_length, tokenizer.pad_id) == (32, 0)
     assert manifest["router"]["score_digest"] == exported.job.router.spec["score_digest"]
 
 
 def test_digests_and_sizes_are_those_of_the_files(exported):
     manifest = json.loads((exported.path / "bundle.json").read_text())
-    records = {manifest["tokenizer"]["file"]: manifest["tokenizer"]}
+    records = {each["file"]: each for each in manifest["tokenizers"].values()}
     for part in manifest["components"].values():
         records |= part["files"]
         assert len(part["files"]) == 2  # graph and weights
@@ -243,11 +246,15 @@ def test_a_foreign_model_brings_its_own_text_encoder_and_a_kl_decoder(copied, tm
     names = ["text_encoder", "text_encoder_diffusion", "predictor", "unet", "vae_decoder"]
     assert [row.component.name for row in rows] == names
     bundle = open_bundle(path)
-    assert bundle.diffusion.text_encoder == "text_encoder_diffusion"
+    assert bundle.diffusion.text_encoders == ("text_encoder_diffusion",)
     assert bundle.router.text_encoder == "text_encoder"
     assert (bundle.diffusion.vae_scale, bundle.diffusion.scaling_factor) == (2, 0.25)
     assert (bundle.diffusion.width, bundle.diffusion.steps) == (16, 20)
-    assert bundle.tokenizer_diffusion.file == "tokenizer_diffusion.json"
+    tokenizers = {name: each.file for name, each in bundle.tokenizers.items()}
+    assert tokenizers == {
+        "text_encoder": "tokenizer.json",
+        "text_encoder_diffusion": "tokenizer_diffusion.json",
+    }
 
 
 def tiny_open_clip(folder: Path) -> Path:

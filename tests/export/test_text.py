@@ -55,8 +55,8 @@ def test_the_device_decides_as_training_does(copied, tmp_path, make, kind):
     ]  # fmt: skip
     wanted = prs(trained.learned.predict(open_encoder(encoder).encode(PROMPTS)), weights)
     bundle = open_bundle(path)
-    assert bundle.tokenizer.pad_id is None
-    assert bundle.tokenizer_diffusion.pad_id == 0
+    assert bundle.tokenizers["text_encoder"].pad_id is None
+    assert bundle.tokenizers["text_encoder_diffusion"].pad_id == 0
     with EdgeAgent(bundle, offline=True, threads=1) as agent:
         got = [agent.route(prompt) for prompt in PROMPTS]
         picture = agent.generate(Request("a cat", seed=1, route=Route.EDGE)).picture

@@ -14,25 +14,29 @@ from edge_agent.diffusion.generator import EdgeGenerator
 from edge_agent.errors import Cancelled, ConfigError, GenerationError
 from edge_agent.routing.encoder import TextEncoder, Tokenizer
 from edge_agent.runtime.session import Session
-from edge_agent.types import Cancellation, Event, Request, Step
+from edge_agent.types import Cancellation, Event, Request, SamplerName, Step
 
 SwapUnet = Callable[..., None]
 
 
 def make_generator(folder: Path) -> EdgeGenerator:
     bundle = open_bundle(folder)
-    files = bundle.tokenizer
+    files = bundle.tokenizers["text_encoder"]
     tokenizer = Tokenizer(folder / files.file, files.context_length, files.pad_id)
     return EdgeGenerator(
         bundle.diffusion,
-        unet=Session(bundle.path_of("unet"), threads=1),
+        denoiser=Session(bundle.path_of("unet"), threads=1),
         vae_decoder=Session(bundle.path_of("vae_decoder"), threads=1),
-        text_encoder=TextEncoder(Session(bundle.path_of("text_encoder"), threads=1), tokenizer),
+        text_encoders={
+            "text_encoder": TextEncoder(
+                Session(bundle.path_of("text_encoder"), threads=1), tokenizer
+            )
+        },
     )
 
 
 def pixels(generator: EdgeGenerator, request: Request, seed: int = 7) -> bytes:
-    return generator.generate(request, None, seed).image.tobytes()
+    return generator.generate(request, {}, seed).image.tobytes()
 
 
 def test_equal_seeds_give_equal_pixels_and_others_do_not(tiny_bundle: Path) -> None:
@@ -54,17 +58,37 @@ def test_prompt_guidance_and_negative_prompt_all_matter(tiny_bundle: Path) -> No
     assert len(drawn) == 5
 
 
+def test_each_sampler_draws_its_own_picture_the_same_each_time(tiny_bundle: Path) -> None:
+    generator, request = make_generator(tiny_bundle), Request("a red cat", steps=3)
+    drawn = {
+        name: pixels(generator, replace(request, sampler=name))
+        for name in set(SamplerName) - {SamplerName.FLOW_EULER}
+    }
+    assert len(set(drawn.values())) == len(drawn) == 6
+    assert pixels(generator, request) == drawn[SamplerName.DPMPP_2M]
+    for name in (SamplerName.EULER_A, SamplerName.LCM):  # their noise comes from the seed too
+        assert pixels(generator, replace(request, sampler=name)) == drawn[name]
+        assert pixels(generator, replace(request, sampler=name), 8) != drawn[name]
+
+
+def test_a_sampler_for_another_kind_of_model_is_refused(tiny_bundle: Path) -> None:
+    request = Request("a cat", sampler=SamplerName.FLOW_EULER)
+    with pytest.raises(ConfigError, match="not trained by flow matching; choose ddim or euler"):
+        make_generator(tiny_bundle).generate(request, {}, 1)
+
+
 def test_the_picture_reports_what_it_was_drawn_with(tiny_bundle: Path) -> None:
     generator = make_generator(tiny_bundle)
-    picture = generator.generate(Request("a cat", width=128, height=32, steps=2), None, 5)
+    picture = generator.generate(Request("a cat", width=128, height=32, steps=2), {}, 5)
     assert picture.image.size == (picture.width, picture.height) == (128, 32)
     assert (picture.model, picture.seed, picture.steps, picture.guidance) == ("tiny", 5, 2, 4.0)
+    assert picture.sampler is SamplerName.DPMPP_2M
     assert set(picture.timings_ms) == {"condition", "denoise", "decode"}
 
 
 def test_every_step_is_told(tiny_bundle: Path) -> None:
     events: list[Event] = []
-    make_generator(tiny_bundle).generate(Request("a cat"), None, 1, events.append)
+    make_generator(tiny_bundle).generate(Request("a cat"), {}, 1, events.append)
     assert events == [Step(1, 4), Step(2, 4), Step(3, 4), Step(4, 4)]
 
 
@@ -77,7 +101,7 @@ def test_cancelling_stops_before_the_next_step(tiny_bundle: Path) -> None:
 
     generator = make_generator(tiny_bundle)
     with pytest.raises(Cancelled):
-        generator.generate(Request("a cat"), None, 1, on_event, cancellation)
+        generator.generate(Request("a cat"), {}, 1, on_event, cancellation)
     assert events == [Step(1, 4)]
 
 
@@ -95,7 +119,7 @@ def test_a_size_that_cannot_be_drawn_is_named(
 ) -> None:
     request = Request("a cat", width=width, height=height)
     with pytest.raises(ConfigError, match=message):
-        make_generator(tiny_bundle).generate(request, None, 1)
+        make_generator(tiny_bundle).generate(request, {}, 1)
 
 
 def test_latents_that_are_no_numbers_are_an_error_not_a_black_picture(
@@ -103,15 +127,19 @@ def test_latents_that_are_no_numbers_are_an_error_not_a_black_picture(
 ) -> None:
     swap_unet(tiny_bundle, factor=float("inf"))
     with pytest.raises(GenerationError, match=r"step 1 of 4.*lower --guidance than 4"):
-        make_generator(tiny_bundle).generate(Request("a cat"), None, 1)
+        make_generator(tiny_bundle).generate(Request("a cat"), {}, 1)
 
 
-def test_a_timestep_per_picture_draws_the_same_as_a_scalar_one(
+def test_a_consistency_model_is_told_the_guidance_and_runs_without_a_negative_prompt(
     tiny_bundle: Path, swap_unet: SwapUnet
 ) -> None:
-    scalar = pixels(make_generator(tiny_bundle), Request("a cat"))
-    swap_unet(tiny_bundle, timestep_rank=1)
-    assert pixels(make_generator(tiny_bundle), Request("a cat")) == scalar
+    swap_unet(tiny_bundle, guided=True)
+    generator, request = make_generator(tiny_bundle), Request("a red cat", guidance=0.5)
+    drawn = pixels(generator, request)
+    assert pixels(generator, replace(request, negative_prompt="the dog")) == drawn
+    assert pixels(generator, replace(request, guidance=0.7)) != drawn
+    strong = replace(request, guidance=1.2)  # where others begin to run twice
+    assert pixels(generator, replace(strong, negative_prompt="dog")) == pixels(generator, strong)
 
 
 def test_the_noise_of_a_seed_is_fixed_for_good() -> None:

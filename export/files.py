@@ -1,0 +1,37 @@
+"""Files of models: JSON objects, and digests to know them by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from export.errors import ExportError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; raises ExportError naming the file when it is missing or damaged."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise ExportError(f"cannot read '{file}': {err}; fetch or train the model again") from err
+    if not isinstance(value, dict):
+        raise ExportError(f"'{file}' holds no JSON object; fetch or train the model again")
+    return value
+
+
+def digest_of(*paths: Path) -> str:
+    """Return one sha256 over names and contents of files, and of the files in folders."""
+    total = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file():
+                total.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """Return the hex digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

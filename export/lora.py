@@ -1,0 +1,62 @@
+"""LoRA weights, merged into a pipeline before it is exported: the device then runs one model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import peft  # noqa: F401  diffusers reads LoRA weights with it, and says so late
+import torch
+
+from cloud_server.torchvision_guard import guard
+from export.errors import ExportError
+from export.sources import Lora, Pipeline
+
+guard()
+import diffusers  # noqa: E402  the guard must come first
+
+# Parts that no picture of ours depends on.
+NOT_LOADED = ("safety_checker", "feature_extractor", "text_encoder_3", "tokenizer_3")
+
+
+def merge(pipeline: Pipeline, loras: Sequence[Lora], into: Path) -> Pipeline:
+    """Write a copy of `pipeline` with all `loras` in its weights to `into`, and describe it.
+
+    The whole pipeline is in memory meanwhile. Raises ExportError naming the LoRA that does not fit.
+    """
+    kind = getattr(diffusers, pipeline.index["_class_name"])
+    without = dict.fromkeys(part for part in NOT_LOADED if part in pipeline.index)
+    diffusers.utils.logging.disable_progress_bar()  # the export has one of its own
+    loaded = kind.from_pretrained(pipeline.folder, torch_dtype=torch.float32, **without)
+    names = [f"adapter{number}" for number in range(len(loras))]
+    for name, lora in zip(names, loras, strict=True):
+        try:
+            loaded.load_lora_weights(
+                lora.path.parent, weight_name=lora.path.name, adapter_name=name
+            )
+        except Exception as err:  # diffusers, peft and safetensors share no base class
+            raise _misfit(lora, pipeline, f"{type(err).__name__}: {err}") from err
+        if not any(name in adapters for adapters in loaded.get_list_adapters().values()):
+            raise _misfit(lora, pipeline, "none of its weights has a place there")
+    loaded.set_adapters(names, [lora.scale for lora in loras])
+    loaded.fuse_lora(adapter_names=names)
+    loaded.unload_lora_weights()
+    changed = [pipeline.family.denoiser, *(each.folder for each in pipeline.family.encoders)]
+    for part in changed:
+        getattr(loaded, part).save_pretrained(into / part)
+    for part in ["scheduler", *(each.tokenizer for each in pipeline.family.encoders)]:
+        shutil.copytree(pipeline.folder / part, into / part)
+    for file in pipeline.folder.glob("*.json"):
+        shutil.copy(file, into)
+    merged = "".join(f"+{lora.name}:{lora.scale:g}" for lora in loras)
+    return replace(pipeline, folder=into, name=pipeline.name + merged)
+
+
+def _misfit(lora: Lora, pipeline: Pipeline, why: str) -> ExportError:
+    line = why.strip().partition("\n")[0]
+    return ExportError(
+        f"the LoRA '{lora.path}' could not be merged into '{pipeline.name}' ({line}); "
+        "pass one that was trained for this model"
+    )
