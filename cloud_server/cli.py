@@ -18,6 +18,10 @@ from cloud_server.errors import ConfigError, ModelError, ServerError
 
 # Training imports torch; each command is found when it is called for, its summary stands here.
 _LAZY = {
+    "train-recognizer": (
+        "cloud_server.training.iciia.cli:train_recognizer",
+        "Train recognition that adapts to its owner (ICIIA).",
+    ),
     "evaluate-starter": (
         "cloud_server.training.starter.cli:evaluate_starter",
         "Measure the starter models on fresh scenes.",

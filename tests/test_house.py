@@ -84,12 +84,13 @@ def test_types_and_errors_import_nothing_of_ours(module: str) -> None:
     assert names.isdisjoint(PACKAGES)
 
 
-def test_the_cloud_server_imports_of_the_device_only_the_routing_maths() -> None:
+def test_the_cloud_server_imports_of_the_device_only_what_both_must_do_alike() -> None:
     assert importers("export", "cloud_server") == set()
     users = importers("edge_agent", "cloud_server")
     assert all(is_in(user, "cloud_server/training") for user in users)
     names = {name for user in users for name in imported(ROOT / user) if "edge_agent" in name}
-    assert all(name.startswith("edge_agent.routing.") for name in names)
+    shared = ("edge_agent.routing.", "edge_agent.recognition.pictures.", "edge_agent.errors.")
+    assert all(name.startswith(shared) for name in names)
 
 
 def test_the_wire_depends_on_nobody() -> None:
