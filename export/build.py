@@ -30,6 +30,7 @@ from export.errors import ExportError
 from export.optimise import opset_of, optimise
 from export.parity import GATES, check_parity
 from export.quiet import quiet
+from export.recognizer import RecognizerSource
 from export.sources import Pipeline, RouterFolder, digest_of
 from export.text import TextSource, TextTokenizer
 
@@ -53,6 +54,7 @@ class Job:
     router: RouterFolder
     out: Path
     clip: Path | None = None
+    recognizer: RecognizerSource | None = None
     precision: str = "fp32"
     gates: Mapping[str, float] = field(default_factory=dict)
     fresh: bool = False
@@ -225,6 +227,10 @@ def _plan(job: Job, router_text: TextSource, diffusion_text: TextSource) -> list
         part("predictor", "psnr_db", job.router.network_files, predictor),
         part("unet", "psnr_db", (folder / "unet",), unet),
         part("vae_decoder", "psnr_db", (folder / "vae",), vae_decoder),
+        *(
+            part(name, "psnr_db", files, load)
+            for name, files, load in (job.recognizer.parts if job.recognizer else ())
+        ),
     ]
 
 
@@ -263,6 +269,7 @@ def _manifest(
             "text_encoder": "text_encoder" if shared else "text_encoder_diffusion",
         },
         "router": {**router, "text_encoder": "text_encoder", "predictor": "predictor"},
+        **({"recognizer": job.recognizer.manifest()} if job.recognizer else {}),
     }
 
 

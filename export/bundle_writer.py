@@ -20,7 +20,10 @@ from export.sources import file_sha256
 
 DONE = "components.json"  # in the partial folder: which components are finished
 MODEL = "model.onnx"
-COMPONENTS = ("text_encoder", "text_encoder_diffusion", "predictor", "unet", "vae_decoder")
+COMPONENTS = (
+    "text_encoder", "text_encoder_diffusion", "predictor", "unet", "vae_decoder",
+    "recognizer_backbone", "recognizer_head", "recognizer_adapted",
+)  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer_diffusion.json")
 OURS = {MANIFEST, DONE, *COMPONENTS, *TOKENIZERS}
 

@@ -28,6 +28,9 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--edge-model", metavar="ID_OR_DIR", help="Diffusers pipeline the device draws with.")
 @click.option("--clip", type=FOLDER, help="open_clip folder that the router reads prompts with.")
 @click.option("--router", type=FOLDER, help="Folder of the trained routing network.")
+@click.option(
+    "--recognizer", type=FOLDER, help="Folder of a recogniser that train-recognizer wrote."
+)
 @click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
 @click.option(
     "-o",
@@ -44,6 +47,7 @@ def main(
     edge_model: str | None,
     clip: Path | None,
     router: Path | None,
+    recognizer: Path | None,
     precision: str,
     output: Path | None,
     force: bool,
@@ -56,7 +60,9 @@ def main(
     kept, and an export that was stopped goes on where it was.
     """
     try:
-        path, rows = _export(starter, edge_model, clip, router, precision, output, force, silent)
+        path, rows = _export(
+            starter, edge_model, clip, router, recognizer, precision, output, force, silent
+        )
     except Exception as err:
         if debug:
             traceback.print_exc()
@@ -84,6 +90,7 @@ def _export(
     edge_model: str | None,
     clip: Path | None,
     router: Path | None,
+    recognizer: Path | None,
     precision: str,
     output: Path | None,
     force: bool,
@@ -114,12 +121,14 @@ def _export(
         with quiet():
             # Imported late: torch and diffusers take seconds, and a wrong folder should not.
             from export.build import Job, export_bundle
+            from export.recognizer import open_recognizer
 
             job = Job(
                 pipeline=pipeline,
                 router=network,
                 out=output or default_path(),
                 clip=clip,
+                recognizer=open_recognizer(recognizer) if recognizer else None,
                 precision=precision,
                 fresh=force,
             )

@@ -78,7 +78,7 @@ def text_encoder(tower: TextTower | OpenClipTower) -> Network:
     dims = {0: torch.export.Dim("batch", max=MAX_BATCH), 1: torch.export.Dim("length", max=longest)}
 
     def trace(file: Path) -> None:
-        _trace(tower, (prompts(2, longest - 1),), file, names, outputs, (dims,))
+        write_onnx(tower, (prompts(2, longest - 1),), file, names, outputs, (dims,))
 
     names, outputs = ("input_ids",), ("hidden", "pooled")
     samples = [(prompts(1, longest),), (prompts(3, longest),), (prompts(1, longest // 2),)]
@@ -102,7 +102,7 @@ def predictor(model: Predictor, context_length: int) -> Network:
     dims = ({0: batch, 1: length}, {0: batch, 1: length})
 
     def trace(file: Path) -> None:
-        _trace(model, prompts(2, context_length - 1), file, names, outputs, dims)
+        write_onnx(model, prompts(2, context_length - 1), file, names, outputs, dims)
 
     names, outputs = ("hidden", "mask"), ("d",)
     short = max(least + 1, context_length // 2)
@@ -154,14 +154,14 @@ def vae_decoder(vae: AutoencoderKL | AutoencoderTiny, size: int) -> Network:
             return
         h, w = torch.export.Dim("h", max=512), torch.export.Dim("w", max=512)
         dims = {0: torch.export.Dim("batch", max=MAX_BATCH), 2: h, 3: w}
-        _trace(decoder, (latents(2, 6, 10),), file, names, outputs, (dims,))
+        write_onnx(decoder, (latents(2, 6, 10),), file, names, outputs, (dims,))
 
     names, outputs = ("latent_sample",), ("sample",)
     samples = [(latents(1, size, size),), (latents(2, size // 2, size // 2 + 1),)]
     return Network(decoder, names, outputs, trace, samples)
 
 
-def _trace(
+def write_onnx(
     module: nn.Module,
     example: tuple[Tensor, ...],
     file: Path,
@@ -169,6 +169,7 @@ def _trace(
     outputs: Sequence[str],
     dynamic_shapes: tuple[dict, ...],
 ) -> None:
+    """Trace a module on an example and write it as ONNX."""
     # The example has two prompts or latents: a batch of one would be taken for a constant.
     torch.onnx.export(
         module,

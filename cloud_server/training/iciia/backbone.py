@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,10 +34,13 @@ WEIGHTS = "model.safetensors"
 class Backbone(nn.Module):
     """Pictures (B, side, side, 3) of bytes to features (B, D); `classifier` takes these."""
 
-    def __init__(self, network: nn.Module) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Any) -> None:
         super().__init__()
         config = network.pretrained_cfg
-        self.network = network
+        self.network: Any = network  # timm's own class, with its methods beside Module's
         self.side, self.crop = int(config["input_size"][-1]), float(config.get("crop_pct") or 1.0)
         self.register_buffer("mean", 255 * torch.tensor(config["mean"]).view(3, 1, 1), False)
         self.register_buffer("std", 255 * torch.tensor(config["std"]).view(3, 1, 1), False)
@@ -82,7 +86,7 @@ def _weights(backbone: Backbone) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in backbone.network.state_dict().items()}
 
 
-def small_network(classes: int, side: int) -> nn.Module:
+def small_network(classes: int, side: int) -> Any:
     """Return our small network, untrained."""
     return timm.create_model(
         SMALL,

@@ -33,6 +33,9 @@ class Gate(nn.Module):
     from `centre`, the mean of all features.
     """
 
+    centre: Tensor
+    weights: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("centre", torch.zeros(width))
