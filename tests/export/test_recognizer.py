@@ -13,7 +13,10 @@ from cloud_server.training.iciia.recognizer import Recognizer
 from edge_agent.bundle import open_bundle
 from edge_agent.runtime.session import Session
 from export.build import Job, export_bundle
+from export.components import Network
 from export.errors import ExportError
+from export.optimise import optimise
+from export.quiet import quiet
 from export.recognizer import open_recognizer
 from export.sources import digest_of
 from tests import tiny
@@ -25,39 +28,39 @@ def with_recognizer(copied: Job, tmp_path: Path) -> Job:
     return replace(copied, recognizer=open_recognizer(folder))
 
 
-def test_the_device_answers_as_torch_does(with_recognizer: Job) -> None:
-    path, rows = export_bundle(with_recognizer)
-    assert [row.kept for row in rows] == [True] * 4 + [False] * 3
-    bundle, model = open_bundle(path), with_recognizer.recognizer.model
-    assert bundle.recognizer is not None
-    rng = np.random.default_rng(3)
+def test_the_device_answers_as_torch_does(tmp_path: Path) -> None:
+    source = open_recognizer(tiny.make_recognizer(tmp_path / "recognizer"))
+    backbone, head, adapted = (traced(load(), tmp_path / name) for name, _, load in source.parts)
+    model, rng = source.model, np.random.default_rng(3)
     pictures = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-
-    def run(name: str, **feeds: np.ndarray) -> list[np.ndarray]:
-        part = bundle.component(name)
-        return Session(bundle.path_of(name), optimized=part.optimized).run(feeds)
-
-    (features,) = run(bundle.recognizer.backbone, pictures=pictures)
+    (features,) = backbone.run({"pictures": pictures})
     with torch.inference_mode():
-        want = model.backbone(torch.from_numpy(pictures))
-        np.testing.assert_allclose(features, want, atol=1e-4)
-        (logits,) = run(bundle.recognizer.head, features=features)
-        np.testing.assert_allclose(logits, model.plain(torch.from_numpy(features)), atol=1e-4)
+        x = torch.from_numpy(features)
+        np.testing.assert_allclose(features, model.backbone(torch.from_numpy(pictures)), atol=1e-4)
+        np.testing.assert_allclose(head.run({"features": features})[0], model.plain(x), atol=1e-4)
         for length, asked in ((2, [1]), (16, [15]), (20, [17, 3, 18]), (13, list(range(13)))):
             rows = np.array(asked, np.int64)
-            logits, gate = run(bundle.recognizer.adapted, features=features[:length], rows=rows)
-            for got, wanted in zip(
-                (logits, gate),
-                model.adapted(torch.from_numpy(features[:length]), torch.from_numpy(rows)),
-                strict=True,
+            got = adapted.run({"features": features[:length], "rows": rows})
+            for one, other in zip(
+                got, model.adapted(x[:length], torch.from_numpy(rows)), strict=True
             ):
-                np.testing.assert_allclose(got, wanted, atol=1e-4)
+                np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def traced(network: Network, folder: Path) -> Session:
+    """Trace and optimise a network as an export does, and open it as the device does."""
+    folder.mkdir()
+    with quiet():
+        network.trace(folder / "traced.onnx")
+    optimise(folder / "traced.onnx", folder / "model.onnx")
+    return Session(folder / "model.onnx", optimized=True)
 
 
 def test_the_manifest_says_how_pictures_are_read_and_who_made_features(
     with_recognizer: Job,
 ) -> None:
-    path, _ = export_bundle(with_recognizer)
+    path, rows = export_bundle(with_recognizer)
+    assert [row.kept for row in rows] == [True] * 4 + [False] * 3
     spec = open_bundle(path).recognizer
     assert spec is not None
     assert (spec.side, spec.crop, spec.width, spec.history) == (32, 1.0, 32, 15)

@@ -31,7 +31,8 @@ class Adapted(nn.Module):
         self.iciia, self.gate = iciia, gate
 
     def forward(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self.iciia(features, rows), self.gate(features, rows)
+        # As a batch of one client: attention becomes ONNX with a batch only.
+        return self.iciia(features[None], rows)[0], self.gate(features, rows)
 
 
 @dataclass(frozen=True, slots=True)
