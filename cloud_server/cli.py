@@ -18,6 +18,10 @@ from cloud_server.errors import ConfigError, ModelError, ServerError
 
 # Training imports torch; each command is found when it is called for, its summary stands here.
 _LAZY = {
+    "evaluate-recognizer": (
+        "cloud_server.training.iciia.cli:evaluate_recognizer",
+        "Measure ICIIA beside its baselines and ablations.",
+    ),
     "train-recognizer": (
         "cloud_server.training.iciia.cli:train_recognizer",
         "Train recognition that adapts to its owner (ICIIA).",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,70 @@ def train_recognizer(
         for line in train(plan, out):
             click.echo(line, err=True)
     click.echo(out)
+
+
+@click.command("evaluate-recognizer")
+@_shared
+@click.option(
+    "--recognizer",
+    type=FOLDER,
+    required=True,
+    help="Folder that train-recognizer wrote; its backbone is the one that all is measured on.",
+)
+@click.option(
+    "--seeds", type=click.IntRange(1, 20), default=3, show_default=True, help="Trainings of each."
+)
+@click.option(
+    "-o", "--out", type=FOLDER, required=True, help="Folder for report.json and report.html."
+)
+def evaluate_recognizer(
+    source: str,
+    omniglot: Path,
+    clients: str | None,
+    work: Path,
+    layers: int,
+    epochs: int,
+    device: str | None,
+    threads: int | None,
+    recognizer: Path,
+    seeds: int,
+    out: Path,
+) -> None:
+    """Measure ICIIA beside its baselines and ablations, each trained here with several seeds.
+
+    The backbone stays the recogniser's. What was trained is kept in --work, and a second run
+    takes it from there.
+    """
+    from cloud_server.training.iciia.evaluate import Subject, evaluate
+    from cloud_server.training.iciia.learn import Schedule
+    from cloud_server.training.iciia.recognizer import Recognizer
+    from cloud_server.training.iciia.report import page
+    from cloud_server.training.iciia.train import cohort_with
+
+    chosen = _device(device, threads)
+    with _one_sentence():
+        model = Recognizer.load(recognizer)
+        cohort = cohort_with(model.backbone, source, omniglot, clients, work, chosen)
+        subject = Subject(
+            cohort=cohort,
+            classifier=model.backbone.classifier,
+            layers=layers,
+            schedule=Schedule(epochs=epochs),
+            seeds=tuple(range(seeds)),
+            work=work,
+        )
+        report = evaluate(subject, lambda what: click.echo(what, err=True))
+    name = f"{Path(source).stem}, clients by {clients}" if clients else Path(source).stem
+    command = (
+        f"cloud-server evaluate-recognizer {source} --recognizer {recognizer} --layers {layers} "
+        f"--epochs {epochs} --seeds {seeds}" + (f" --clients {clients}" if clients else "")
+    )
+    report = {"title": name, "command": command, **report}
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1, allow_nan=False)
+    (out / "report.json").write_text(text + "\n", encoding="utf-8")
+    (out / "report.html").write_text(page(report), encoding="utf-8")
+    click.echo(out / "report.html")
 
 
 def _device(device: str | None, threads: int | None) -> str:

@@ -62,6 +62,35 @@ def cohort_of(samples: Samples, features: torch.Tensor, clients: str | None) -> 
     return Cohort(features, samples.labels, samples.splits, samples.clients[name])
 
 
+def cohort_with(
+    backbone: Backbone,
+    source: str,
+    omniglot_folder: Path,
+    clients: str | None,
+    work: Path,
+    device: str,
+) -> Cohort:
+    """Return the features that a backbone makes of a source, with clients; raises ModelError."""
+    samples = open_source(source, omniglot_folder, backbone)
+    _check_classes(backbone, samples, source)
+    return cohort_of(samples, _features(backbone, samples, work, device), clients)
+
+
+def _features(backbone: Backbone, samples: Samples, work: Path, device: str) -> torch.Tensor:
+    features = torch.from_numpy(features_of(backbone, samples, work, device))
+    backbone.to("cpu")  # what follows is small, and lies there
+    return features
+
+
+def _check_classes(backbone: Backbone, samples: Samples, source: str) -> None:
+    known = backbone.classifier.out_features
+    if known != len(samples.classes):
+        raise ModelError(
+            f"the backbone knows {known} classes, but {source} has {len(samples.classes)}; take "
+            "one that was trained on these"
+        )
+
+
 def train(plan: Plan, out: Path) -> Iterator[str]:
     """Train and write the recogniser; yield what is worth telling. Raises ModelError."""
     backbone = open_backbone(plan.backbone) if plan.backbone else None
@@ -72,13 +101,8 @@ def train(plan: Plan, out: Path) -> Iterator[str]:
         backbone = train_backbone(
             samples, folder, plan.work, plan.backbone_budget, plan.seed, plan.device
         )
-    if backbone.classifier.out_features != len(samples.classes):
-        raise ModelError(
-            f"the backbone knows {backbone.classifier.out_features} classes, but {plan.source} has "
-            f"{len(samples.classes)}; take one that was trained on these, or leave --backbone out"
-        )
-    features = torch.from_numpy(features_of(backbone, samples, plan.work, plan.device))
-    backbone.to("cpu")
+    _check_classes(backbone, samples, plan.source)
+    features = _features(backbone, samples, plan.work, plan.device)
     cohort = cohort_of(samples, features, plan.clients)
     with torch.inference_mode():
         named = backbone.classifier(features).argmax(-1)
