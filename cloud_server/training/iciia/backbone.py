@@ -150,7 +150,7 @@ def train_backbone(
         ema=0.998,
         weight_decay=0.05,
         hidden=[w for n, w in model.network.named_parameters() if w.ndim == 4 and "layer" in n],
-        on_checkpoint=lambda ready: ready.save(out),
+        on_checkpoint=lambda _: model.save(out),  # it has the weights to ship at that moment
     )
     model.save(out)
     return open_backbone(str(out))  # what is saved in half precision is what features come from

@@ -67,7 +67,7 @@ def tiny_groups(width: int) -> int:
 
 
 class GroupedLinear(nn.Module):
-    """P projections of D/P values each, then the shuffle (section 3.4): (..., D) to (..., D).
+    """P projections of D/P values each, then the shuffle (section 3.4): (..., B, D) to it.
 
     out[o * P + p] = sum_i weight[p, o, i] * x[p * m + i] + bias[o * P + p].
     """
@@ -88,11 +88,12 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         groups, m, _ = self.weight.shape
-        x = x.unflatten(-1, (groups, m))  # (..., P, m)
         if groups == 1:
-            return F.linear(x.flatten(-2), self.weight[0], self.bias)
-        order = "op" if self.shuffle else "po"
-        return torch.einsum(f"...pi,poi->...{order}", x, self.weight).flatten(-2) + self.bias
+            return F.linear(x, self.weight[0], self.bias)
+        x = x.unflatten(-1, (groups, m)).transpose(-3, -2)  # (..., P, B, m)
+        y = x @ self.weight.transpose(-2, -1)  # the quickest form in onnxruntime
+        y = y.movedim(-3, -1) if self.shuffle else y.transpose(-3, -2)  # (..., B, m and P)
+        return y.flatten(-2) + self.bias
 
 
 class Attention(nn.Module):
