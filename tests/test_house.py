@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("edge_agent", "cloud_server", "export", "protos")
 CLOUD_ONLY = {
     "accelerate", "cloud_server", "demo", "diffusers", "export", "onnx", "open_clip", "optimum",
-    "safetensors", "torch", "torchvision", "transformers",
+    "safetensors", "timm", "torch", "torchvision", "transformers",
 }  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -98,7 +98,7 @@ def test_the_wire_depends_on_nobody() -> None:
         assert importers(package, "protos") == set()
 
 
-@pytest.mark.parametrize("package", ["diffusers", "transformers", "open_clip", "optimum"])
+@pytest.mark.parametrize("package", ["diffusers", "transformers", "open_clip", "optimum", "timm"])
 def test_whoever_imports_a_torch_library_calls_the_guard(package: str) -> None:
     for user in importers(package, "cloud_server", "export", "demo", "benchmarks"):
         assert "guard()" in (ROOT / user).read_text(encoding="utf-8"), user
