@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -113,7 +114,7 @@ def open_backbone(source: str) -> Backbone:
                 f"'{source}' is neither a backbone's folder nor a model of timm; name a folder "
                 "with config.json and model.safetensors, or a model such as mobilenetv3_large_100"
             )
-    except (OSError, RuntimeError, ValueError) as err:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as err:
         raise ModelError(
             f"the backbone '{source}' cannot be opened ({str(err).splitlines()[0]}); fetch or "
             "train it again"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -73,7 +74,7 @@ class Recognizer:
             adapted.load_state_dict({k: v.float() for k, v in weights.items()})
             classes, history = tuple(config["classes"]), int(config["history"])
             about = config["about"]
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as err:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as err:
             raise ModelError(
                 f"'{folder}' is no usable recogniser ({str(err).splitlines()[0]}); pass the folder "
                 "that cloud-server train-recognizer wrote"
