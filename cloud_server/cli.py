@@ -22,6 +22,14 @@ _LAZY = {
         "cloud_server.training.evaluation.cli:evaluate_router_command",
         "Measure a router beside simpler ways to choose.",
     ),
+    "evaluate-recognizer": (
+        "cloud_server.training.iciia.cli:evaluate_recognizer",
+        "Measure ICIIA beside its baselines and ablations.",
+    ),
+    "train-recognizer": (
+        "cloud_server.training.iciia.cli:train_recognizer",
+        "Train recognition that adapts to its owner (ICIIA).",
+    ),
     "evaluate-starter": (
         "cloud_server.training.starter.cli:evaluate_starter",
         "Measure the starter models on fresh scenes.",

@@ -126,6 +126,25 @@ class RouterSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RecognizerSpec:
+    """What recognition needs beside its networks `backbone`, `head` and `adapted`.
+
+    Pictures are read `side` pixels square, of which `crop` is kept; features have `width` values
+    and are those of the backbone named by `digest`. `history` earlier pictures serve best.
+    """
+
+    classes: tuple[str, ...]
+    side: int
+    crop: float
+    width: int
+    digest: str
+    history: int
+    backbone: str
+    head: str
+    adapted: str
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """An opened bundle; `tokenizers` holds one for each text encoder, by component."""
 
@@ -137,6 +156,7 @@ class Bundle:
     tokenizers: Mapping[str, TokenizerFiles]
     diffusion: DiffusionSpec
     router: RouterSpec
+    recognizer: RecognizerSpec | None = None
 
     def path_of(self, component: str) -> Path:
         """Return the ONNX file of a component."""
@@ -279,9 +299,13 @@ def _parse(path: Path, content: dict[str, Any]) -> Bundle:
         tokenizers={name: _tokenizer(tokenizers.child(name)) for name in tokenizers.content},
         diffusion=_diffusion(root.child("diffusion")),
         router=_router(root.child("router")),
+        recognizer=_recognizer(root.child("recognizer")) if "recognizer" in content else None,
     )
     encoders = (bundle.router.text_encoder, *bundle.diffusion.text_encoders)
-    for name in (*encoders, bundle.router.predictor, bundle.diffusion.denoiser, "vae_decoder"):
+    needed = [*encoders, bundle.router.predictor, bundle.diffusion.denoiser, "vae_decoder"]
+    if spec := bundle.recognizer:
+        needed += [spec.backbone, spec.head, spec.adapted]
+    for name in needed:
         bundle.component(name)
     for name in encoders:
         tokenizers.child(name)
@@ -360,6 +384,20 @@ def _router(fields: _Fields) -> RouterSpec:
         default_share=fields.get("default_share", float),
         text_encoder=fields.get("text_encoder", str),
         predictor=fields.get("predictor", str),
+    )
+
+
+def _recognizer(fields: _Fields) -> RecognizerSpec:
+    return RecognizerSpec(
+        classes=fields.all_of("classes", str),
+        side=fields.get("side", int),
+        crop=fields.get("crop", float),
+        width=fields.get("width", int),
+        digest=fields.get("digest", str),
+        history=fields.get("history", int),
+        backbone=fields.get("backbone", str),
+        head=fields.get("head", str),
+        adapted=fields.get("adapted", str),
     )
 
 

@@ -23,12 +23,15 @@ from edge_agent.types import Cancellation, Decision, Event, Fallback, OnEvent, Q
 
 if TYPE_CHECKING:
     from edge_agent.agent import EdgeAgent
+    from edge_agent.recognition.recognizer import Recognition, Recognizer
     from edge_agent.routing.budget.ledger import Ledger
 
 PROGRAM = "edge-agent"
 T = TypeVar("T")
 Command = Callable[..., Any]
 _BUDGET = ("budget_pictures", "budget_cost", "cloud_cost", "ledger")
+_RECOGNIZING = ("client", "history", "histories", "top")
+_DRAWING = tuple(name for name in OPTIONS if name not in _RECOGNIZING)
 _DECIDING = ("bundle", "share", "threads", "json", "quiet", "debug")
 
 
@@ -116,7 +119,7 @@ def route(state: State, /, prompts: tuple[str, ...], file: str | None, **flags: 
 
 @cli.command()
 @click.argument("prompt", nargs=-1, required=True, metavar="PROMPT")
-@settings_options(*OPTIONS)
+@settings_options(*_DRAWING)
 @click.pass_obj
 def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
     """Draw PROMPT and print the picture's path."""
@@ -143,6 +146,47 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
                 f"drawn on the {result.drawn_on.value} by {result.picture.model}, "
                 f"seed {result.picture.seed}, {result.timings_ms['total'] / 1e3:.1f} s"
             )
+
+
+@cli.command()
+@click.argument("images", nargs=-1, metavar="IMAGE...", type=click.Path(path_type=Path))
+@click.option("--forget", metavar="ID", help="Delete the history of this client.")
+@settings_options("bundle", *_RECOGNIZING, "threads", "json", "quiet", "debug")
+@click.pass_obj
+def recognize(state: State, /, images: tuple[Path, ...], forget: str | None, **flags: Any) -> int:
+    """Say what is in each IMAGE, in the light of the client's earlier pictures.
+
+    A folder stands for the pictures in it, 16 of which are looked at together. What is remembered
+    are feature vectors of the last 60, which stay on this device; pictures themselves are not kept.
+    """
+    settings = _resolve(state, flags)
+    if forget is not None:
+        _forget(settings, forget)
+    if not images:
+        if forget is None:
+            raise ConfigError("there is no picture to recognise; give IMAGE... or a folder")
+        return 0
+    from edge_agent.bundle import open_bundle
+    from edge_agent.recognition.recognizer import Recognizer
+
+    recognizer = Recognizer(
+        open_bundle(settings.bundle),
+        settings.histories,
+        history=settings.history,
+        top=settings.top,
+        threads=settings.threads,
+    )
+    failed, notes = False, set[str]()
+    for found in _recognized(recognizer, images, settings.client):
+        if isinstance(found, AgentError):
+            failed = True
+            _note(str(found))
+            continue
+        if found.note and found.note not in notes and not settings.quiet:
+            _note(found.note)
+            notes.add(found.note)
+        _print_recognition(found, settings)
+    return 1 if failed else 0
 
 
 @cli.command()
@@ -229,6 +273,41 @@ def _budget(settings: Settings) -> Ledger | None:
 
     limits = Limits(settings.budget_pictures, settings.budget_cost, settings.cloud_cost)
     return Ledger(settings.ledger, limits)
+
+
+def _forget(settings: Settings, client: str) -> None:
+    from edge_agent.recognition.history import forget
+
+    existed = forget(settings.histories, client)
+    if not settings.quiet:
+        what = "the history of" if existed else "there was no history of"
+        _note(f"{what} client {client!r}{' is deleted' if existed else ''}")
+
+
+def _recognized(
+    recognizer: Recognizer, images: Sequence[Path], client: str
+) -> Iterator[Recognition | AgentError]:
+    from edge_agent.errors import PictureError
+    from edge_agent.recognition.pictures import pictures_in
+
+    for image in images:
+        try:
+            if image.is_dir():
+                yield from recognizer.recognize_all(pictures_in(image), client)
+            else:
+                yield recognizer.recognize(image, client)
+        except PictureError as err:
+            yield err
+
+
+def _print_recognition(found: Recognition, settings: Settings) -> None:
+    if settings.json:
+        labels = [{"name": one.name, "probability": one.probability} for one in found.labels]
+        about = {"client": settings.client, "adapted": found.adapted, "history": found.history}
+        _print_json({"file": str(found.file), "labels": labels, **about})
+    else:
+        labels_shown = ", ".join(f"{one.name} {one.probability:.1%}" for one in found.labels)
+        click.echo(f"{found.file}: {labels_shown}")
 
 
 def _connect(address: str) -> Any:

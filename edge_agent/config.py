@@ -19,6 +19,7 @@ from edge_agent.types import Request, Route, SamplerName
 
 ENV_PREFIX = "EDGE_AGENT_"
 _LEAST_MONEY, _MOST_MONEY = Decimal("0.000001"), Decimal(1_000_000)
+LONGEST_HISTORY = 60  # pictures; accuracy is flat well before (ICIIA, figure 6)
 _AMOUNT = "an amount from 0 to 1000000 with at most six decimals"
 T = TypeVar("T")
 
@@ -163,6 +164,18 @@ OPTIONS: dict[str, Option[Any]] = {
     "output": Option(
         Path, None, "a .png file or a folder", "The picture's file, or a folder for it.", "FILE"
     ),
+    "client": Option(str, "owner", "a name", "Whose pictures these are.", "ID"),
+    "history": Option(
+        _between(int, 0, LONGEST_HISTORY),
+        None,
+        f"a whole number from 0 to {LONGEST_HISTORY}",
+        "Earlier pictures of the client to look at; by default what the bundle was trained for.",
+        "NUMBER",
+    ),
+    "histories": Option(Path, None, "a folder", "Where clients' histories are kept.", "FOLDER"),
+    "top": Option(
+        _between(int, 1, 1000), 5, "a whole number from 1 to 1000", "Labels to show.", "NUMBER"
+    ),
     "threads": Option(
         _between(int, 1, 1024),
         None,
@@ -199,6 +212,10 @@ class Settings:
     sampler: SamplerName | None
     negative_prompt: str
     output: Path | None
+    client: str
+    history: int | None
+    histories: Path
+    top: int
     threads: int | None
     json: bool
     quiet: bool
@@ -237,6 +254,13 @@ def ledger_path() -> Path:
     return Path(platformdirs.user_state_dir("routet2i-edge")) / "budget.sqlite3"
 
 
+def histories_path() -> Path:
+    """Return where histories of clients are kept unless told otherwise: the user's state folder."""
+    import platformdirs
+
+    return Path(platformdirs.user_state_dir("routet2i-edge")) / "recognition"
+
+
 def resolve(
     flags: Mapping[str, str | bool | None],
     env: Mapping[str, str],
@@ -268,6 +292,7 @@ def resolve(
 
         values["bundle"] = default_path()
     values["ledger"] = values["ledger"] or ledger_path()
+    values["histories"] = values["histories"] or histories_path()
     return Settings(**values, sources=sources)
 
 

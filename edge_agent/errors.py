@@ -7,6 +7,8 @@ AgentError
   Cancelled             the user stopped the work (exit 130)
   OutputError           the picture could not be written
   LedgerError           the budget's ledger cannot be read or written
+  PictureError          a picture that is to be recognised cannot be read
+  HistoryError          a client's history cannot be read or written
   CloudError            the cloud did not answer with a picture
     Unreachable           nobody answers there, or the connection broke
     Refused               the server declined, now or for this request
@@ -42,6 +44,14 @@ class OutputError(AgentError):
 
 class LedgerError(AgentError):
     """The budget's ledger cannot be read or written."""
+
+
+class PictureError(AgentError):
+    """A picture that is to be recognised cannot be read."""
+
+
+class HistoryError(AgentError):
+    """A client's history cannot be read or written."""
 
 
 class CloudError(AgentError):

@@ -31,6 +31,7 @@ from export.network import Network
 from export.optimise import opset_of, optimise
 from export.parity import GATES, check_parity
 from export.quiet import quiet
+from export.recognizer import RecognizerSource
 from export.sources import Lora, Pipeline, RouterFolder
 from export.text import Texts
 
@@ -55,6 +56,7 @@ class Job:
     out: Path
     text_encoder: str | Path | None = None
     loras: Sequence[Lora] = ()
+    recognizer: RecognizerSource | None = None
     precision: str = "fp32"
     gates: Mapping[str, float] = field(default_factory=dict)
     fresh: bool = False
@@ -137,7 +139,10 @@ def _export_parts(
         component = kept or _export(part, job.precision, writer, tell)
         rows.append(Row(component, clock() - start, kept is not None))
     components = [row.component for row in rows]
-    return writer.finish(components, manifest(job.pipeline, job.router, texts, writer, now())), rows
+    content = manifest(job.pipeline, job.router, texts, writer, now())
+    if job.recognizer:
+        content["recognizer"] = job.recognizer.manifest()
+    return writer.finish(components, content), rows
 
 
 @contextmanager
@@ -265,4 +270,8 @@ def _plan(job: Job, texts: Texts) -> list[_Part]:
             (texts.context_length, texts.width, size),
         ),
         part("vae_decoder", "psnr_db", (pipeline.vae_folder,), vae_decoder, size),
+        *(
+            part(name, "psnr_db", files, load)
+            for name, files, load in (job.recognizer.parts if job.recognizer else ())
+        ),
     ]

@@ -23,7 +23,8 @@ MODEL = "model.onnx"
 ROUTER_TEXT = "text_encoder"  # the router's, and the denoiser's where they are one
 DIFFUSION_TEXTS = ("text_encoder_diffusion", "text_encoder_diffusion_2")
 TEXT_ENCODERS = (ROUTER_TEXT, *DIFFUSION_TEXTS)
-COMPONENTS = (*TEXT_ENCODERS, "predictor", "unet", "transformer", "vae_decoder")
+RECOGNIZER = ("recognizer_backbone", "recognizer_head", "recognizer_adapted")
+COMPONENTS = (*TEXT_ENCODERS, "predictor", "unet", "transformer", "vae_decoder", *RECOGNIZER)
 
 
 def tokenizer_file(component: str) -> str:

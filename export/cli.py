@@ -52,6 +52,9 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--router", type=FOLDER, help="Folder of the trained routing network.")
 @click.option("--steps", type=click.IntRange(1, MAX_STEPS), help="Steps where none are asked for.")
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance where none is asked for.")
+@click.option(
+    "--recognizer", type=FOLDER, help="Folder of a recogniser that train-recognizer wrote."
+)
 @click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
 @click.option(
     "-o",
@@ -72,6 +75,7 @@ def main(
     router: Path | None,
     steps: int | None,
     guidance: float | None,
+    recognizer: Path | None,
     precision: str,
     output: Path | None,
     force: bool,
@@ -89,6 +93,7 @@ def main(
         pipeline = replace(pipeline, steps=steps, guidance=guidance)
         path, rows = _export(
             silent,
+            recognizer,
             pipeline=pipeline,
             router=network,
             out=output or default_path(),
@@ -133,7 +138,7 @@ def _sources(
     return pipeline, text_encoder, open_router(router)
 
 
-def _export(silent: bool, **job: Any) -> tuple[Path, Sequence[Row]]:
+def _export(silent: bool, recognizer: Path | None, **job: Any) -> tuple[Path, Sequence[Row]]:
     with tqdm(
         desc="load models",
         bar_format="{desc:<30} {bar:30} {elapsed}",
@@ -148,8 +153,10 @@ def _export(silent: bool, **job: Any) -> tuple[Path, Sequence[Row]]:
         with quiet():
             # Imported late: torch and diffusers take seconds, and a wrong folder should not.
             from export.build import Job, export_bundle
+            from export.recognizer import open_recognizer
 
-            return export_bundle(Job(**job), show)
+            known = open_recognizer(recognizer) if recognizer else None
+            return export_bundle(Job(recognizer=known, **job), show)
 
 
 def _starter() -> Path:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("edge_agent", "cloud_server", "export", "protos")
 CLOUD_ONLY = {
     "accelerate", "cloud_server", "demo", "diffusers", "export", "jinja2", "matplotlib", "onnx",
-    "open_clip", "optimum", "safetensors", "sklearn", "textblob", "torch", "torchvision",
+    "open_clip", "optimum", "safetensors", "sklearn", "textblob", "timm", "torch", "torchvision",
     "transformers",
 }  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -85,12 +85,13 @@ def test_types_and_errors_import_nothing_of_ours(module: str) -> None:
     assert names.isdisjoint(PACKAGES)
 
 
-def test_the_cloud_server_imports_of_the_device_only_the_routing_maths() -> None:
+def test_the_cloud_server_imports_of_the_device_only_what_both_must_do_alike() -> None:
     assert importers("export", "cloud_server") == set()
     users = importers("edge_agent", "cloud_server")
     assert all(is_in(user, "cloud_server/training") for user in users)
     names = {name for user in users for name in imported(ROOT / user) if "edge_agent" in name}
-    assert all(name.startswith("edge_agent.routing.") for name in names)
+    shared = ("edge_agent.routing.", "edge_agent.recognition.pictures.", "edge_agent.errors.")
+    assert all(name.startswith(shared) for name in names)
 
 
 def test_the_wire_depends_on_nobody() -> None:
@@ -98,7 +99,7 @@ def test_the_wire_depends_on_nobody() -> None:
         assert importers(package, "protos") == set()
 
 
-@pytest.mark.parametrize("package", ["diffusers", "transformers", "open_clip", "optimum"])
+@pytest.mark.parametrize("package", ["diffusers", "transformers", "open_clip", "optimum", "timm"])
 def test_whoever_imports_a_torch_library_calls_the_guard(package: str) -> None:
     for user in importers(package, "cloud_server", "export", "demo", "benchmarks"):
         assert "guard()" in (ROOT / user).read_text(encoding="utf-8"), user

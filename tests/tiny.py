@@ -272,3 +272,27 @@ def make_clip(folder: Path, seed: int = 0, width: int = 32) -> Path:
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def make_recognizer(folder: Path, seed: int = 0, classes: int = 7) -> Path:
+    """Write a random recogniser of 32-pixel pictures, its gate half open, and return `folder`."""
+    import timm
+
+    from cloud_server.training.iciia.backbone import Backbone
+    from cloud_server.training.iciia.gate import Gate
+    from cloud_server.training.iciia.module import Iciia, IciiaConfig
+    from cloud_server.training.iciia.recognizer import Adapted, Recognizer
+
+    torch.manual_seed(seed)
+    network = timm.create_model(
+        "resnet10t",
+        num_classes=classes,
+        channels=[8, 8, 16, 32],
+        pretrained_cfg_overlay={"input_size": (3, 32, 32), "crop_pct": 1.0},
+    )
+    gate = Gate(32)
+    gate.weights[1] = 1.0  # follows the nearest picture
+    adapted = Adapted(Iciia(IciiaConfig(width=32, classes=classes, groups=8)), gate)
+    names = tuple(f"class {i}" for i in range(classes))
+    Recognizer(Backbone(network.eval()), adapted.eval(), names, {"seed": seed}).save(folder)
+    return folder

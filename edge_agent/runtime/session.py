@@ -38,6 +38,7 @@ _DTYPES = {
     "tensor(double)": np.float64,
     "tensor(int32)": np.int32,
     "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
 }
 
 

@@ -35,7 +35,8 @@ def test_every_option_has_a_setting_and_an_environment_twin(config: Path) -> Non
         "ledger": "l.sqlite3",
         "route": "cloud", "deadline": "3", "private": "1", "seed": "9", "size": "64x32",
         "steps": "3", "guidance": "2.5", "sampler": "euler-a", "negative_prompt": "rain",
-        "output": "a.png", "threads": "2", "json": "yes", "quiet": "on", "debug": "TRUE",
+        "output": "a.png", "client": "anna", "history": "30", "histories": "h", "top": "3",
+        "threads": "2", "json": "yes", "quiet": "on", "debug": "TRUE",
     }  # fmt: skip
     assert set(good) == set(OPTIONS)
     env = {f"EDGE_AGENT_{name.upper()}": value for name, value in good.items()}

@@ -1,0 +1,1 @@
+"""ICIIA: recognition that adapts to a client's own unlabelled pictures, trained once."""

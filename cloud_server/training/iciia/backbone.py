@@ -1,0 +1,179 @@
+"""The frozen backbone: any classifier of timm, or a small one trained here; its cached features."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from cloud_server.errors import ModelError
+from cloud_server.torchvision_guard import guard
+from cloud_server.training.iciia.samples import Samples
+from cloud_server.training.loop import Budget, fit
+
+guard()
+import timm  # noqa: E402  the guard must come first
+from timm.models._hub import save_config_for_hf  # noqa: E402  beside the public save_for_hf
+
+SMALL = "resnet10t"  # ours: its four stages this wide, 46 million multiply-adds at 64 pixels
+SMALL_CHANNELS = (32, 64, 128, 256)
+BATCH = 128
+LEARNING_RATE = 2e-3
+WEIGHTS = "model.safetensors"
+
+
+class Backbone(nn.Module):
+    """Pictures (B, side, side, 3) of bytes to features (B, D); `classifier` takes these."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        config = network.pretrained_cfg
+        self.network: Any = network  # timm's own class, with its methods beside Module's
+        self.side, self.crop = int(config["input_size"][-1]), float(config.get("crop_pct") or 1.0)
+        self.register_buffer("mean", 255 * torch.tensor(config["mean"]).view(3, 1, 1), False)
+        self.register_buffer("std", 255 * torch.tensor(config["std"]).view(3, 1, 1), False)
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The last projection of the network."""
+        classifier = self.network.get_classifier()
+        if not isinstance(classifier, nn.Linear):
+            raise ModelError(
+                f"the backbone ends in {type(classifier).__name__}, not in one linear layer; "
+                "choose another architecture"
+            )
+        return classifier
+
+    @property
+    def width(self) -> int:
+        """D, the size of a feature vector."""
+        return self.classifier.in_features
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        images = (pictures.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        maps = self.network.forward_features(images)
+        return self.network.forward_head(maps, pre_logits=True)
+
+    def save(self, folder: Path) -> None:
+        """Write timm's own folder: config.json and the weights in half precision."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config_for_hf(self.network, str(folder / "config.json"))
+        half = {k: v.half() if v.is_floating_point() else v for k, v in _weights(self).items()}
+        save_file(half, folder / WEIGHTS)
+
+    @property
+    def digest(self) -> str:
+        """Name what the features are made by: changes whenever a weight does."""
+        total = hashlib.sha256(f"{self.side} {self.crop}".encode())
+        for name, weight in sorted(_weights(self).items()):
+            total.update(name.encode() + weight.float().numpy().tobytes())
+        return total.hexdigest()
+
+
+def _weights(backbone: Backbone) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in backbone.network.state_dict().items()}
+
+
+def small_network(classes: int, side: int) -> Any:
+    """Return our small network, untrained."""
+    return timm.create_model(
+        SMALL,
+        num_classes=classes,
+        channels=list(SMALL_CHANNELS),
+        pretrained_cfg_overlay={"input_size": (3, side, side), "crop_pct": 1.0},
+    )
+
+
+def open_backbone(source: str) -> Backbone:
+    """Open a folder that timm or we saved, or fetch a model of timm by its name.
+
+    Raises ModelError.
+    """
+    folder = Path(source)
+    try:
+        if (folder / "config.json").is_file():
+            network = timm.create_model(f"local-dir:{folder}", pretrained=False)
+            network.load_state_dict(load_file(folder / WEIGHTS))
+        elif timm.is_model(source.split(".")[0]):
+            network = timm.create_model(source, pretrained=True)
+        else:
+            raise ModelError(
+                f"'{source}' is neither a backbone's folder nor a model of timm; name a folder "
+                "with config.json and model.safetensors, or a model such as mobilenetv3_large_100"
+            )
+    except (OSError, RuntimeError, SafetensorError, ValueError) as err:
+        raise ModelError(
+            f"the backbone '{source}' cannot be opened ({str(err).splitlines()[0]}); fetch or "
+            "train it again"
+        ) from err
+    return Backbone(network.eval())
+
+
+def train_backbone(
+    samples: Samples, out: Path, work: Path, budget: Budget, seed: int, device: str
+) -> Backbone:
+    """Train the small network on a world's lessons and save it; a killed run goes on."""
+    torch.manual_seed(seed)
+    model = Backbone(small_network(len(samples.classes), samples.side))
+    model.network.to(memory_format=torch.channels_last)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        pictures, labels = samples.lesson(step, BATCH)
+        with torch.autocast(device.partition(":")[0], torch.bfloat16):
+            features = model(torch.from_numpy(pictures).to(device))
+            logits = model.classifier(features).float()
+        answers = torch.from_numpy(labels).to(device)
+        right = (logits.argmax(-1) == answers).float().mean().item()
+        value = F.cross_entropy(logits, answers, label_smoothing=0.05)
+        return value, {"loss": value.item(), "right": right}
+
+    fit(
+        "backbone",
+        model,
+        loss,
+        lr=LEARNING_RATE,
+        budget=budget,
+        work=work,
+        device=device,
+        ema=0.998,
+        weight_decay=0.05,
+        hidden=[w for n, w in model.network.named_parameters() if w.ndim == 4 and "layer" in n],
+        on_checkpoint=lambda _: model.save(out),  # it has the weights to ship at that moment
+    )
+    model.save(out)
+    return open_backbone(str(out))  # what is saved in half precision is what features come from
+
+
+def features_of(backbone: Backbone, samples: Samples, work: Path, device: str) -> NDArray:
+    """Return the features (N, D) of all pictures, float32: from `work`, or made and put there."""
+    key = hashlib.sha256(f"{backbone.digest} {samples.digest}".encode()).hexdigest()[:16]
+    file = work / f"features-{key}.npy"
+    if file.is_file():
+        return np.load(file)
+    work.mkdir(parents=True, exist_ok=True)
+    features = np.empty((len(samples.labels), backbone.width), np.float32)
+    backbone.to(device).eval()
+    everything = np.arange(len(features))
+    with torch.inference_mode(), tqdm(total=len(features), desc="features", unit="picture") as bar:
+        for indices in np.array_split(everything, max(1, len(features) // 256)):
+            pictures = torch.from_numpy(samples.draw(indices)).to(device)
+            features[indices] = backbone(pictures).float().cpu().numpy()
+            bar.update(len(indices))
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        np.save(stream, features)
+    os.replace(partial, file)
+    return features

@@ -1,0 +1,239 @@
+"""ICIIA measured beside its baselines and ablations (section 4 of the paper), over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cloud_server.training.iciia.gate import LEVELS, fit_gate
+from cloud_server.training.iciia.learn import (
+    SEQUENCE,
+    Cohort,
+    Schedule,
+    accuracy,
+    answers,
+    stream,
+    train,
+)
+from cloud_server.training.iciia.module import Iciia, IciiaConfig, tiny_groups
+from cloud_server.training.iciia.samples import Ints, mixed_clients
+
+HISTORIES = (0, 1, 2, 3, 5, 8, 15, 30, 40, 60)
+TARGETS = 4000  # of the test split, for a point of a curve
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured: a cohort, the backbone's own `classifier`, N, and how to train."""
+
+    cohort: Cohort
+    classifier: nn.Linear
+    layers: int
+    schedule: Schedule
+    seeds: tuple[int, ...]
+    work: Path
+
+    @property
+    def tiny(self) -> IciiaConfig:
+        """The sizes of ICIIA-T."""
+        width, classes = self.classifier.in_features, self.classifier.out_features
+        return IciiaConfig(width, classes, self.layers, groups=tiny_groups(width))
+
+    @property
+    def methods(self) -> dict[str, IciiaConfig]:
+        """The forms that are trained, by their names in the report."""
+        tiny = self.tiny
+        return {
+            "ICIIA-B": replace(tiny, groups=1),
+            "ICIIA-T": tiny,
+            "ICIIA-T, no shuffle": replace(tiny, shuffle=False),
+            "ICIIA-B, convolution for attention": replace(tiny, groups=1, mixing="convolution"),
+            "ICIIA-B, no attention": replace(tiny, groups=1, mixing="none"),
+        }
+
+    def trained(self, config: IciiaConfig, seed: int, cohort: Cohort | None = None) -> Iciia:
+        """Return a form trained on the cohort, or on another one of the same features."""
+        return train(cohort or self.cohort, config, self.schedule, seed, self.work, shown=False)[0]
+
+    def mixed(self, level: float, seed: int) -> Cohort:
+        """Return the cohort with its clients mixed to a heterogeneity level."""
+        cohort = self.cohort
+        return replace(cohort, clients=mixed_clients(cohort.clients, cohort.splits, level, seed))
+
+
+def evaluate(subject: Subject, tell: Told = lambda _: None) -> dict[str, Any]:
+    """Return the report: accuracies in per cent, each with its mean and standard error."""
+    cohort = subject.cohort
+    test = cohort.of("test")
+    with torch.inference_mode():
+        named = subject.classifier(cohort.features).argmax(-1)
+    right = (named == torch.from_numpy(cohort.labels)).numpy()
+    everyone = np.concatenate(test)
+    table: dict[str, list[float]] = {"backbone": [100 * float(right[everyone].mean())]}
+    seen = set(cohort.clients[cohort.splits == 0].tolist())
+    if all(int(cohort.clients[client[0]]) in seen for client in test):
+        tell("fine-tuned heads")
+        table["fine-tuned head per client"] = [
+            100 * _fine_tuned(subject, seed) for seed in subject.seeds
+        ]
+    for name, config in subject.methods.items():
+        for seed in subject.seeds:
+            tell(f"{name}, seed {seed}")
+            model = subject.trained(config, seed)
+            table.setdefault(name, []).append(100 * accuracy(model, cohort, test))
+    tell("histories")
+    histories = _histories(subject, named)
+    tell("heterogeneity")
+    return {
+        "settings": {
+            "schedule": asdict(subject.schedule),
+            "layers": subject.layers,
+            "groups of T": subject.tiny.groups,
+            "width": subject.tiny.width,
+            "classes": subject.tiny.classes,
+            "seeds": list(subject.seeds),
+            "test pictures": len(everyone),
+            "test clients": len(test),
+        },
+        "accuracy": {name: summary(values) for name, values in table.items()},
+        "history": histories,
+        "heterogeneity": _heterogeneity(subject, named, tell),
+        "cost": _cost(subject.tiny),
+    }
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Return mean, standard error of the mean (None of one value) and the values."""
+    spread = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "error": spread, "values": list(values)}
+
+
+def _cost(config: IciiaConfig) -> dict[str, int]:
+    return {
+        "parameters": config.projection_parameters,
+        "multiply_adds_as_the_paper_counts": config.multiply_adds(SEQUENCE),
+        "multiply_adds_of_one_picture": config.multiply_adds_of_one(SEQUENCE),
+    }
+
+
+def _histories(subject: Subject, named: Tensor) -> dict[str, dict[str, dict[str, Any]]]:
+    """Accuracy after k pictures, of targets whose clients have more than k."""
+    cohort, test = subject.cohort, subject.cohort.of("test")
+    labels, found = torch.from_numpy(cohort.labels), dict[str, dict[str, list[float]]]()
+    for seed in subject.seeds:
+        models = {name: subject.trained(subject.methods[name], seed) for name in _CURVES}
+        gate = fit_gate(models["ICIIA-T"], named, cohort, seed)
+        for k in HISTORIES:
+            met = stream(test, k, seed, TARGETS)
+            if not len(met.targets):
+                continue
+            wanted, plain = labels[met.targets], named[met.targets]
+            said = {
+                name: answers(model, cohort.features, met).argmax(-1)
+                for name, model in models.items()
+            }
+            asked = answers(gate, cohort.features, met) > 0 if k else torch.zeros_like(plain) > 0
+            said |= {"gated": torch.where(asked, said["ICIIA-T"], plain), "backbone": plain}
+            for name, answer in said.items():
+                share = 100 * (answer == wanted).float().mean().item()
+                found.setdefault(name, {}).setdefault(str(k), []).append(share)
+    return {n: {k: summary(v) for k, v in curve.items()} for n, curve in found.items()}
+
+
+_CURVES = ("ICIIA-B", "ICIIA-T")
+
+
+def _heterogeneity(subject: Subject, named: Tensor, tell: Told) -> dict[str, dict[str, Any]]:
+    """ICIIA-T after 15 pictures: trained at each level, or once at 1 and gated.
+
+    Empty where no client has as many.
+    """
+    labels, found = torch.from_numpy(subject.cohort.labels), dict[str, dict[str, list[float]]]()
+    for seed in subject.seeds:
+        once = subject.trained(subject.tiny, seed)
+        gate = fit_gate(once, named, subject.cohort, seed)
+        for level in LEVELS:
+            tell(f"heterogeneity {level:g}, seed {seed}")
+            cohort = subject.mixed(level, seed)
+            met = stream(cohort.of("test"), SEQUENCE - 1, seed, TARGETS)
+            if not len(met.targets):
+                continue
+            model = subject.trained(subject.tiny, seed, cohort)
+            wanted, plain = labels[met.targets], named[met.targets]
+            asked = answers(gate, cohort.features, met) > 0
+            gated = torch.where(asked, answers(once, cohort.features, met).argmax(-1), plain)
+            for name, answer in (
+                ("trained at this level", answers(model, cohort.features, met).argmax(-1)),
+                ("trained at 1, gated", gated),
+                ("backbone", plain),
+            ):
+                share = 100 * (answer == wanted).float().mean().item()
+                found.setdefault(name, {}).setdefault(f"{level:g}", []).append(share)
+    return {n: {k: summary(v) for k, v in curve.items()} for n, curve in found.items()}
+
+
+def _fine_tuned(subject: Subject, seed: int) -> float:
+    """Return the accuracy of the backbone's head trained on by each client's own labels."""
+    right = total = 0
+    for parts in _splits_of_clients(subject.cohort):
+        x, y = zip(*(_rows(subject.cohort, part) for part in parts), strict=True)
+        head = _head_of(subject.classifier, x, y, subject.schedule, seed)
+        with torch.inference_mode():
+            right += int((head(x[2]).argmax(-1) == y[2]).sum())
+        total += len(y[2])
+    return right / total
+
+
+def _splits_of_clients(cohort: Cohort) -> Iterator[tuple[Ints, Ints, Ints]]:
+    for client in np.unique(cohort.clients[cohort.splits == 2]):
+        own = cohort.clients == client
+        train_, val, test = (np.flatnonzero(own & (cohort.splits == code)) for code in range(3))
+        yield train_, val, test
+
+
+def _rows(cohort: Cohort, part: Ints) -> tuple[Tensor, Tensor]:
+    return cohort.features[part], torch.from_numpy(cohort.labels)[part]
+
+
+def _head_of(
+    classifier: nn.Linear,
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    schedule: Schedule,
+    seed: int,
+) -> nn.Linear:
+    head = nn.Linear(classifier.in_features, classifier.out_features)
+    head.load_state_dict(classifier.state_dict())
+    optimizer = torch.optim.SGD(head.parameters(), lr=schedule.learning_rate)
+    order = np.random.default_rng(seed)
+    best, waited, kept = _share(head, x[1], y[1]), 0, _copy(head)
+    for _ in range(schedule.epochs):
+        for batch in np.array_split(order.permutation(len(y[0])), max(1, len(y[0]) // SEQUENCE)):
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(head(x[0][batch]), y[0][batch]).backward()
+            nn.utils.clip_grad_norm_(head.parameters(), schedule.clip)
+            optimizer.step()
+        share, waited = _share(head, x[1], y[1]), waited + 1
+        if share > best:
+            best, waited, kept = share, 0, _copy(head)
+        if waited >= schedule.patience:
+            break
+    head.load_state_dict(kept)
+    return head
+
+
+def _copy(head: nn.Linear) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in head.state_dict().items()}
+
+
+@torch.inference_mode()
+def _share(head: nn.Linear, x: Tensor, y: Tensor) -> float:
+    return float((head(x).argmax(-1) == y).float().mean()) if len(y) else 0.0

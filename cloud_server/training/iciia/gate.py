@@ -1,0 +1,115 @@
+"""The gate back to the plain backbone: whether a history helps with a picture or would mislead.
+
+The paper says to bypass the module below 3 to 5 pictures of history (section 4.2), and a client
+who sees every class loses by it at any length (figure 7). A device knows neither, so the gate
+judges by the features themselves and decides for each picture which of both heads is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cloud_server.training.iciia.learn import Cohort, answers, stream
+from cloud_server.training.iciia.module import Iciia
+from cloud_server.training.iciia.samples import Ints, by_client, mixed_clients
+
+SIGNS = ("log_length", "nearest", "mean", "among_themselves", "one")
+LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
+LENGTHS = (1, 2, 3, 5, 8, 15, 30, 60)
+TARGETS = 2000  # for each level and length
+_DECAY = 1e-3
+
+
+class Gate(nn.Module):
+    """Sequences (..., B, D) and rows (n,) to (..., n): above 0 where the module is to be asked.
+
+    A logistic rule on `SIGNS` of the other B - 1 >= 1 pictures: their number, the cosines of the
+    picture to them (the largest, the mean), and their mean cosine among themselves. Vectors count
+    from `centre`, the mean of all features.
+    """
+
+    centre: Tensor
+    weights: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("weights", torch.zeros(len(SIGNS)))
+
+    def forward(self, features: Tensor, rows: Tensor) -> Tensor:
+        return self.signs(features, rows) @ self.weights
+
+    def signs(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Return what the rule goes by, (..., n, 5)."""
+        unit = F.normalize(features - self.centre, dim=-1)  # (..., B, D)
+        own = unit.index_select(-2, rows)  # (..., n, D)
+        cosines = own @ unit.transpose(-2, -1)  # (..., n, B)
+        itself = rows[:, None] == torch.arange(features.shape[-2])
+        nearest = cosines.masked_fill(itself, -1.0).amax(-1)
+        rest = unit.sum(-2, keepdim=True) - own
+        k = torch.full_like(nearest, features.shape[-2] - 1)
+        mean = (own * rest).sum(-1) / k
+        among = ((rest * rest).sum(-1) - k) / (k * (k - 1)).clamp_min(1)
+        return torch.stack([k.log(), nearest, mean, among, torch.ones_like(k)], -1)
+
+
+def fit_gate(model: Iciia, plain: Tensor, cohort: Cohort, seed: int) -> Gate:
+    """Fit the rule on the validation split, its clients mixed to all levels of heterogeneity.
+
+    It learns from pictures that only one of both names rightly, which makes 1/2 the point where
+    both are as often right. `plain` (N,) is what the backbone names.
+    """
+    gate = Gate(model.config.width)
+    gate.centre.copy_(cohort.features[np.flatnonzero(cohort.splits == 0)].mean(0))
+    signs, better = [], []
+    for part, helped in _cases(gate, model, plain, cohort, seed):
+        signs.append(part)
+        better.append(helped)
+    x, y = torch.cat(signs), torch.cat(better).float()
+    scale = x.std(0).clamp_min(1e-6)
+    scale[-1] = 1.0
+    weights = torch.zeros(len(SIGNS), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(x / scale @ weights, y)
+        loss = loss + _DECAY * weights[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    gate.weights.copy_(weights.detach() / scale)
+    return gate
+
+
+def _cases(
+    gate: Gate, model: Iciia, plain: Tensor, cohort: Cohort, seed: int
+) -> Iterable[tuple[Tensor, Tensor]]:
+    labels = torch.from_numpy(cohort.labels)
+    val: Ints = np.flatnonzero(cohort.splits == 1)
+    for level in LEVELS:
+        mixed = mixed_clients(cohort.clients, cohort.splits, level, seed)
+        for k in LENGTHS:
+            met = stream(by_client(mixed, val), k, seed, TARGETS)
+            if not len(met.targets):
+                continue
+            named = answers(model, cohort.features, met).argmax(-1)
+            right, before = named == labels[met.targets], plain[met.targets] == labels[met.targets]
+            differ = (right != before).numpy()
+            signs = answers(_Signs(gate), cohort.features, met)
+            yield signs[torch.from_numpy(differ)], right[torch.from_numpy(differ)]
+
+
+class _Signs(nn.Module):
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, features: Tensor, rows: Tensor) -> Tensor:
+        return self.gate.signs(features, rows)

@@ -1,0 +1,184 @@
+"""The one training run (section 3.3): the backbone is frozen, every batch is of one client.
+
+Beyond the paper a client's pictures are shuffled anew in every epoch and the length of batches
+varies, because a device meets its pictures in any order and starts with few.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from cloud_server.training.iciia.module import Iciia, IciiaConfig
+from cloud_server.training.iciia.samples import SPLITS, Ints, by_client
+
+SEQUENCE = 16  # pictures: 15 of history and the one asked for
+SHORTEST, LONGEST = 2, 32
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The paper's settings (supplement A.2), its epochs and patience as upper bounds."""
+
+    learning_rate: float = 0.01
+    clip: float = 5.0
+    epochs: int = 100
+    patience: int = 10
+    varied: float = 0.5  # share of batches that are of another length than SEQUENCE
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """Features (N, D) with labels, splits and clients (N,): what a module learns from."""
+
+    features: Tensor
+    labels: Ints
+    splits: NDArray[np.int8]
+    clients: Ints
+
+    def of(self, split: str) -> Sequence[Ints]:
+        """Return the indices of each client's pictures in a split."""
+        return by_client(self.clients, np.flatnonzero(self.splits == SPLITS.index(split)))
+
+    def digest(self) -> str:
+        """Name the data, so that a run is only ever resumed on its own."""
+        total = hashlib.sha256(self.features.numpy().tobytes())
+        for values in (self.labels, self.splits, self.clients):
+            total.update(values.tobytes())
+        return total.hexdigest()
+
+
+def train(
+    cohort: Cohort,
+    config: IciiaConfig,
+    schedule: Schedule,
+    seed: int,
+    work: Path,
+    *,
+    shown: bool = True,
+) -> tuple[Iciia, float]:
+    """Return the module of the best epoch and its accuracy on the validation split.
+
+    The state after each epoch lies in `work`; the same call goes on from there after a kill.
+    """
+    torch.manual_seed(seed)
+    model = Iciia(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=schedule.learning_rate)
+    about = f"{config} {schedule} {seed} {cohort.digest()}"
+    file = work / f"iciia-{hashlib.sha256(about.encode()).hexdigest()[:16]}.pt"
+    labels = torch.from_numpy(cohort.labels)
+    train_clients, val_clients = cohort.of("train"), cohort.of("val")
+    epoch, best, waited = 0, -1.0, 0
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    if file.is_file():
+        state = torch.load(file, weights_only=True)
+        model.load_state_dict(state["model"])
+        kept, epoch, best, waited = (state[k] for k in ("kept", "epoch", "best", "waited"))
+    with tqdm(total=schedule.epochs, initial=epoch, unit="epoch", disable=not shown) as bar:
+        while epoch < schedule.epochs and waited < schedule.patience:
+            torch.manual_seed(seed * 100_003 + epoch)  # dropout, also after a resume
+            model.train()
+            for batch in batches(train_clients, schedule.varied, (seed, epoch)):
+                loss = F.cross_entropy(model(cohort.features[batch]), labels[batch])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+                optimizer.step()
+            right = accuracy(model, cohort, val_clients)
+            epoch, waited = epoch + 1, waited + 1
+            if right > best:
+                best, waited = right, 0
+                kept = {k: v.clone() for k, v in model.state_dict().items()}
+            state = {"kept": kept, "epoch": epoch, "best": best, "waited": waited}
+            _save({"model": model.state_dict(), **state}, file)
+            bar.set_postfix(val=f"{right:.2%}", best=f"{best:.2%}")
+            bar.update()
+    model.load_state_dict(kept)
+    return model.eval(), best
+
+
+def batches(clients: Sequence[Ints], varied: float, seed: tuple[int, ...]) -> Iterator[Ints]:
+    """Yield every picture once, in batches of one client each, clients and pictures shuffled."""
+    rng = np.random.default_rng(seed)
+    cut: list[Ints] = []
+    for client in clients:
+        left = rng.permutation(client)
+        while len(left):
+            length = SEQUENCE
+            if rng.random() < varied:
+                length = int(rng.integers(SHORTEST, LONGEST + 1))
+            cut.append(left[:length])
+            left = left[length:]
+    for i in rng.permutation(len(cut)):
+        yield cut[i]
+
+
+@torch.inference_mode()
+def accuracy(model: Iciia, cohort: Cohort, clients: Sequence[Ints]) -> float:
+    """Return the share named rightly, 16 of a client at a time (the paper's batch mode)."""
+    model.eval()
+    labels, by_length = torch.from_numpy(cohort.labels), dict[int, list[Ints]]()
+    for batch in batches(clients, 0.0, (0,)):
+        by_length.setdefault(len(batch), []).append(batch)
+    right = total = 0
+    for several in by_length.values():
+        for part in np.array_split(np.stack(several), max(1, len(several) // 64)):
+            named = model(cohort.features[part]).argmax(-1)
+            right += int((named == labels[part]).sum())
+            total += part.size
+    return right / total
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Targets (n,) and for each the pictures that its client met before, (n, k)."""
+
+    targets: Ints
+    before: Ints
+
+
+def stream(clients: Sequence[Ints], k: int, seed: int, most: int | None = None) -> Stream:
+    """Return targets with k random other pictures of their client, in the order they came.
+
+    Clients of k pictures or fewer have none to give and are left out. `most` targets are drawn.
+    """
+    rng = np.random.default_rng((seed, k))
+    able = [client for client in clients if len(client) > k]
+    rows = [
+        np.concatenate([[client[i]], rng.choice(np.delete(client, i), k, replace=False)])
+        for client in able
+        for i in range(len(client))
+    ]
+    whole = np.array(rows, np.int64).reshape(-1, k + 1)
+    if most is not None and len(whole) > most:
+        whole = whole[np.sort(rng.choice(len(whole), most, replace=False))]
+    return Stream(whole[:, 0], whole[:, 1:])
+
+
+@torch.inference_mode()
+def answers(model: nn.Module, features: Tensor, met: Stream) -> Tensor:
+    """Return what `model(sequence, row)` says of every target after its history, (n, ...)."""
+    model.eval()
+    k = met.before.shape[1]
+    rows, said = torch.tensor([k]), []
+    indices = np.concatenate([met.before, met.targets[:, None]], 1)
+    for part in np.array_split(indices, max(1, len(indices) * (k + 1) // 8192)):
+        said.append(model(features[part], rows)[:, 0])
+    return torch.cat(said)
+
+
+def _save(state: dict[str, object], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, file)

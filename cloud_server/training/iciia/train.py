@@ -1,0 +1,131 @@
+"""From a source of pictures to a recogniser's folder: backbone, features, module, gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from cloud_server.errors import ModelError
+from cloud_server.training.iciia.backbone import (
+    Backbone,
+    features_of,
+    open_backbone,
+    train_backbone,
+)
+from cloud_server.training.iciia.gate import fit_gate
+from cloud_server.training.iciia.learn import Cohort, Schedule
+from cloud_server.training.iciia.learn import train as learn
+from cloud_server.training.iciia.module import IciiaConfig, tiny_groups
+from cloud_server.training.iciia.recognizer import Adapted, Recognizer
+from cloud_server.training.iciia.samples import Samples, mixed_clients, read_manifest
+from cloud_server.training.iciia.worlds import SIDE, EmojiWorld, omniglot
+from cloud_server.training.loop import Budget
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to train; the fields are the flags of `cloud-server train-recognizer`."""
+
+    source: str
+    omniglot: Path
+    clients: str | None
+    work: Path
+    layers: int
+    epochs: int
+    device: str
+    backbone: str | None
+    backbone_budget: Budget
+    form: str
+    heterogeneity: float
+    seed: int
+
+
+def open_source(source: str, omniglot_folder: Path, backbone: Backbone | None) -> Samples:
+    """Return the pictures of a world or of a manifest, as large as the backbone wants them."""
+    if source == "emoji":
+        return EmojiWorld().samples()
+    if source == "omniglot":
+        return omniglot(omniglot_folder)
+    side, crop = (backbone.side, backbone.crop) if backbone else (SIDE, 1.0)
+    return read_manifest(Path(source), side, crop)
+
+
+def cohort_of(samples: Samples, features: torch.Tensor, clients: str | None) -> Cohort:
+    """Put features beside labels and clients; raises ModelError for clients there are none of."""
+    known = list(samples.clients)
+    name = clients or known[0]
+    if name not in known:
+        raise ModelError(f"there are no clients by {name!r} here; choose {' or '.join(known)}")
+    return Cohort(features, samples.labels, samples.splits, samples.clients[name])
+
+
+def cohort_with(
+    backbone: Backbone,
+    source: str,
+    omniglot_folder: Path,
+    clients: str | None,
+    work: Path,
+    device: str,
+) -> Cohort:
+    """Return the features that a backbone makes of a source, with clients; raises ModelError."""
+    samples = open_source(source, omniglot_folder, backbone)
+    _check_classes(backbone, samples, source)
+    return cohort_of(samples, _features(backbone, samples, work, device), clients)
+
+
+def _features(backbone: Backbone, samples: Samples, work: Path, device: str) -> torch.Tensor:
+    features = torch.from_numpy(features_of(backbone, samples, work, device))
+    backbone.to("cpu")  # what follows is small, and lies there
+    return features
+
+
+def _check_classes(backbone: Backbone, samples: Samples, source: str) -> None:
+    known = backbone.classifier.out_features
+    if known != len(samples.classes):
+        raise ModelError(
+            f"the backbone knows {known} classes, but {source} has {len(samples.classes)}; take "
+            "one that was trained on these"
+        )
+
+
+def train(plan: Plan, out: Path) -> Iterator[str]:
+    """Train and write the recogniser; yield what is worth telling. Raises ModelError."""
+    backbone = open_backbone(plan.backbone) if plan.backbone else None
+    samples = open_source(plan.source, plan.omniglot, backbone)
+    yield f"{len(samples.labels)} pictures of {len(samples.classes)} classes"
+    if backbone is None:
+        folder = plan.work / "backbone"
+        backbone = train_backbone(
+            samples, folder, plan.work, plan.backbone_budget, plan.seed, plan.device
+        )
+    _check_classes(backbone, samples, plan.source)
+    features = _features(backbone, samples, plan.work, plan.device)
+    cohort = cohort_of(samples, features, plan.clients)
+    with torch.inference_mode():
+        named = backbone.classifier(features).argmax(-1)
+    plain = float((named.numpy() == samples.labels)[samples.of("val")].mean())
+    yield f"the backbone alone names {plain:.2%} of the validation pictures rightly"
+    mixed = mixed_clients(cohort.clients, cohort.splits, plan.heterogeneity, plan.seed)
+    learnt = Cohort(features, cohort.labels, cohort.splits, mixed)
+    config = IciiaConfig(
+        width=backbone.width,
+        classes=len(samples.classes),
+        layers=plan.layers,
+        groups=tiny_groups(backbone.width) if plan.form == "tiny" else 1,
+    )
+    schedule = Schedule(epochs=plan.epochs)
+    model, right = learn(learnt, config, schedule, plan.seed, plan.work)
+    yield f"with 15 others of the same client {right:.2%}"
+    gate = fit_gate(model, named, cohort, plan.seed)
+    about = {
+        "source": plan.source,
+        "clients": plan.clients or next(iter(samples.clients)),
+        "heterogeneity": plan.heterogeneity,
+        "seed": plan.seed,
+        "schedule": asdict(schedule),
+        "validation": {"backbone": plain, "iciia": right},
+    }
+    Recognizer(backbone, Adapted(model, gate).eval(), samples.classes, about).save(out)

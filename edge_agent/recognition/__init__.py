@@ -1,0 +1,1 @@
+"""Recognition that adapts to a client's own unlabelled pictures, which never leave the device."""

@@ -1,0 +1,135 @@
+"""Labels for pictures, adapted to their client by its own earlier pictures (ICIIA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_agent.bundle import Bundle, RecognizerSpec
+from edge_agent.config import LONGEST_HISTORY
+from edge_agent.errors import BundleError, PictureError
+from edge_agent.recognition.history import Features, History
+from edge_agent.recognition.pictures import Pixels, read_picture
+from edge_agent.runtime.session import Session
+
+TOGETHER = 16  # pictures of a folder that are each other's context
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A class and how probable it is, 0 to 1."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recognition:
+    """What is in `file`, the likeliest first.
+
+    `history` pictures of the client were looked at; `adapted` says whether they had a say, which
+    they have not where they would rather mislead. `note` is for the owner.
+    """
+
+    file: Path
+    labels: tuple[Label, ...]
+    adapted: bool
+    history: int
+    note: str | None = None
+
+
+class Recognizer:
+    """The recogniser of a bundle; `histories` is the folder of its clients' histories.
+
+    `history` is how many earlier pictures are looked at, 0 to 60, by default what the bundle
+    was trained for; more are never kept. Raises BundleError when the bundle has no recogniser.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        histories: Path,
+        *,
+        history: int | None = None,
+        top: int = 5,
+        threads: int | None = None,
+    ) -> None:
+        if bundle.recognizer is None:
+            raise BundleError(
+                f"the bundle {bundle.path} has no recogniser; run `python -m export "
+                "--recognizer FOLDER` to add one"
+            )
+        self._spec: RecognizerSpec = bundle.recognizer
+        self._histories, self._top = histories, top
+        self._length = self._spec.history if history is None else history
+        if not 0 <= self._length <= LONGEST_HISTORY:
+            raise ValueError(f"a history of {self._length} is not from 0 to {LONGEST_HISTORY}")
+
+        def session(name: str) -> Session:
+            part = bundle.component(name)
+            return Session(bundle.path_of(name), threads=threads, optimized=part.optimized)
+
+        self._backbone = session(self._spec.backbone)
+        self._head, self._adapted = session(self._spec.head), session(self._spec.adapted)
+
+    def recognize(self, file: Path, client: str) -> Recognition:
+        """Recognise one picture after those that the client had before, and remember it.
+
+        Raises PictureError, and then nothing is remembered, or HistoryError.
+        """
+        (one,) = self._together({file: self._read(file)}, client)
+        return one
+
+    def recognize_all(
+        self, files: Sequence[Path], client: str
+    ) -> Iterator[Recognition | PictureError]:
+        """Recognise pictures 16 at a time, each with the others for context beside the history.
+
+        A picture that cannot be read comes as its error, and the others go on without it.
+        """
+        for start in range(0, len(files), TOGETHER):
+            read: dict[Path, Pixels] = {}
+            for file in files[start : start + TOGETHER]:
+                try:
+                    read[file] = self._read(file)
+                except PictureError as err:
+                    yield err
+            if read:
+                yield from self._together(read, client)
+
+    def _read(self, file: Path) -> Pixels:
+        return read_picture(file, self._spec.side, self._spec.crop)
+
+    def _together(self, pictures: Mapping[Path, Pixels], client: str) -> list[Recognition]:
+        spec = self._spec
+        (features,) = self._backbone.run({"pictures": np.stack(list(pictures.values()))})
+        kept = History(self._histories, client, spec.digest, spec.width).append(features)
+        before = kept.features[max(0, len(kept.features) - self._length) :]
+        logits, adapted = self._logits(features, before)
+        names = spec.classes
+        found = []
+        for file, row, asked in zip(pictures, logits, adapted, strict=True):
+            odds = np.exp(row - row.max(), dtype=np.float64)
+            best = np.argsort(-row, kind="stable")[: self._top]
+            labels = tuple(Label(names[i], float(odds[i] / odds.sum())) for i in best)
+            context = len(before) + len(pictures) - 1
+            found.append(Recognition(file, labels, bool(asked), context, kept.note))
+        return found
+
+    def _logits(
+        self, features: Features, before: Features
+    ) -> tuple[Features, np.ndarray[Any, Any]]:
+        """Return logits (n, C) of new features, and for each whether its context had a say."""
+        n, context = len(features), len(before) + len(features) - 1
+        if context == 0 or self._length == 0:
+            return self._head.run({"features": features})[0], np.zeros(n, bool)
+        sequence = np.concatenate([before, features])
+        rows = np.arange(len(before), len(sequence), dtype=np.int64)
+        logits, gate = self._adapted.run({"features": sequence, "rows": rows})
+        if (shut := gate <= 0).any():
+            logits[shut] = self._head.run({"features": features[shut]})[0]
+        return logits, ~shut

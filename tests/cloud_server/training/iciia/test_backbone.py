@@ -1,0 +1,78 @@
+"""Backbones saved and opened again, their features cached by what made them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cloud_server.errors import ModelError
+from cloud_server.training.iciia.backbone import (
+    Backbone,
+    features_of,
+    open_backbone,
+    small_network,
+    train_backbone,
+)
+from cloud_server.training.iciia.samples import read_manifest
+from cloud_server.training.loop import Budget
+
+
+def test_a_saved_backbone_opens_as_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    Backbone(small_network(7, 32).eval()).save(tmp_path / "a")
+    one = open_backbone(str(tmp_path / "a"))
+    assert (one.side, one.crop, one.width, one.classifier.out_features) == (32, 1.0, 256, 7)
+    one.save(tmp_path / "b")  # half precision already: nothing more is lost
+    other = open_backbone(str(tmp_path / "b"))
+    assert one.digest == other.digest
+    pictures = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.equal(one(pictures), other(pictures))
+
+
+def test_timm_finds_its_own_models_in_the_folder(tmp_path: Path) -> None:
+    import timm
+
+    Backbone(small_network(7, 32).eval()).save(tmp_path)
+    network = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert network.num_classes == 7
+    assert network.pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_what_is_no_backbone_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="'nonsense' is neither a backbone's folder nor a model"):
+        open_backbone("nonsense")
+    Backbone(small_network(7, 32).eval()).save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ModelError, match="cannot be opened"):
+        open_backbone(str(tmp_path))
+
+
+def test_features_are_made_once_for_a_backbone_and_its_pictures(
+    manifest: Path, tmp_path: Path
+) -> None:
+    samples = read_manifest(manifest, 32)
+    torch.manual_seed(0)
+    backbone = Backbone(small_network(4, 32).eval())
+    made = features_of(backbone, samples, tmp_path / "work", "cpu")
+    assert made.shape == (96, 256)
+    never = replace(samples, draw=lambda _: pytest.fail("drawn again"))
+    assert (features_of(backbone, never, tmp_path / "work", "cpu") == made).all()
+    with torch.no_grad():
+        backbone.network.conv1[0].weight.mul_(1.1)
+    assert not (features_of(backbone, samples, tmp_path / "work", "cpu") == made).all()
+
+
+def test_a_small_backbone_learns_from_lessons(manifest: Path, tmp_path: Path) -> None:
+    samples = read_manifest(manifest, 32)
+    budget = Budget(steps=12)
+    model = train_backbone(samples, tmp_path / "out", tmp_path / "work", budget, 0, "cpu")
+    features = torch.from_numpy(features_of(model, samples, tmp_path / "work", "cpu"))
+    with torch.inference_mode():
+        assert model.classifier(features).shape == (96, 4)
+    assert np.isfinite(features.numpy()).all()
+    assert open_backbone(str(tmp_path / "out")).digest == model.digest

@@ -1,0 +1,104 @@
+"""The whole comparison on a small cohort, its page, and both commands end to end."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from cloud_server.cli import main
+from cloud_server.training.iciia.evaluate import Subject, evaluate, summary
+from cloud_server.training.iciia.learn import Cohort, Schedule
+from cloud_server.training.iciia.recognizer import Recognizer
+from cloud_server.training.iciia.report import page
+
+
+@pytest.fixture(scope="module")
+def report(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    torch.manual_seed(0)
+    classifier = nn.Linear(32, 40)
+    few = cohort.clients < 30
+    small = Cohort(
+        cohort.features[few], cohort.labels[few], cohort.splits[few], cohort.clients[few] // 2
+    )
+    schedule = Schedule(learning_rate=0.05, epochs=2)
+    work = tmp_path_factory.mktemp("work")
+    return evaluate(Subject(small, classifier, 1, schedule, (0, 1), work))
+
+
+def test_every_method_is_measured_with_every_seed(report: dict) -> None:
+    table = report["accuracy"]
+    assert list(table) == [
+        "backbone",
+        "fine-tuned head per client",
+        "ICIIA-B",
+        "ICIIA-T",
+        "ICIIA-T, no shuffle",
+        "ICIIA-B, convolution for attention",
+        "ICIIA-B, no attention",
+    ]
+    assert [len(row["values"]) for row in table.values()] == [1, 2, 2, 2, 2, 2, 2]
+    assert all(0 <= value <= 100 for row in table.values() for value in row["values"])
+    # A random head is at a fortieth; what learns at all is far from it.
+    assert table["ICIIA-B"]["mean"] > 20 > 8 > table["backbone"]["mean"]
+
+
+def test_without_history_the_gated_answer_is_the_backbones(report: dict) -> None:
+    assert report["history"]["gated"]["0"] == report["history"]["backbone"]["0"]
+    assert list(report["history"]["ICIIA-T"]) == ["0", "1", "2", "3", "5", "8", "15"]  # 24 a client
+    assert list(report["heterogeneity"]["trained at 1, gated"]) == ["0", "0.25", "0.5", "0.75", "1"]
+
+
+def test_a_mean_comes_with_its_standard_error() -> None:
+    assert summary([1.0, 3.0]) == {"mean": 2.0, "error": pytest.approx(1.0), "values": [1.0, 3.0]}
+    assert summary([1.0])["error"] is None
+
+
+def test_the_page_holds_the_numbers_and_needs_nothing_else(report: dict) -> None:
+    text = page({"title": "a <test>", "command": "x", **report})
+    assert "a &lt;test&gt;" in text
+    assert f"{report['accuracy']['ICIIA-T']['mean']:.2f} ±" in text
+    assert text.count("<svg") == 2
+    assert not re.search(r"(src|href)=\"http", text)
+
+
+@pytest.mark.slow
+def test_the_commands_from_a_manifest_to_a_report(manifest: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "work"
+    train = ["train-recognizer", str(manifest), "-o", str(out), "--work", str(work)]
+    train += ["--steps", "12", "--epochs", "2", "--threads", "1", "--device", "cpu"]
+    ran = CliRunner().invoke(main, train)
+    assert ran.exit_code == 0, ran.output
+    model = Recognizer.load(out)
+    assert model.classes == ("colour 0", "colour 1", "colour 2", "colour 3")
+    again = CliRunner().invoke(main, train)  # all is there already
+    assert again.exit_code == 0, again.output
+    measure = ["evaluate-recognizer", str(manifest), "--recognizer", str(out), "-o"]
+    measure += [str(tmp_path / "report"), "--work", str(work), "--epochs", "2", "--seeds", "1"]
+    ran = CliRunner().invoke(main, [*measure, "--threads", "1", "--device", "cpu"])
+    assert ran.exit_code == 0, ran.output
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert report["settings"]["test pictures"] == 24
+    assert "<svg" in (tmp_path / "report/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing.csv"], "the manifest nothing.csv cannot be read"),
+        (["omniglot", "--omniglot", "nowhere"], "is missing; fetch it from github"),
+        (["omniglot", "--backbone", "no_such_net"], "neither a backbone's folder nor a model"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = CliRunner().invoke(main, ["train-recognizer", *arguments, "-o", "out"])
+    assert ran.exit_code == 1
+    assert words in ran.output

@@ -1,0 +1,112 @@
+"""Both worlds: every class is there, clients hold what they say, pictures repeat."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cloud_server.errors import ModelError
+from cloud_server.training.iciia.worlds import (
+    DRAWERS,
+    EMOJI_TEST,
+    VIEWS,
+    EmojiWorld,
+    named_emoji,
+    omniglot,
+)
+from cloud_server.training.starter.scenes import FONT_PATHS
+
+has_emoji = pytest.mark.skipif(
+    not (EMOJI_TEST.is_file() and any(path.is_file() for path in FONT_PATHS)),
+    reason="needs the Debian packages unicode-data and fonts-noto-color-emoji",
+)
+
+
+def test_emoji_of_one_code_point_are_read_with_their_subgroup(tmp_path: Path) -> None:
+    file = tmp_path / "emoji-test.txt"
+    file.write_text(
+        "# subgroup: face-smiling\n"
+        "1F600  ; fully-qualified     # 😀 E1.0 grinning face\n"
+        "263A FE0F  ; fully-qualified     # ☺️ E0.6 smiling face\n"
+        "263A  ; unqualified         # ☺ E0.6 smiling face\n"
+        "# subgroup: family\n"
+        "1F468 200D 1F469  ; fully-qualified     # 👨‍👩 E2.0 a family\n"
+        "1F46A  ; fully-qualified     # 👪 E0.6 family\n",
+        encoding="utf-8",
+    )
+    read = [(one.name, one.subgroup) for one in named_emoji(file)]
+    assert read == [
+        ("grinning face", "face-smiling"),
+        ("smiling face", "face-smiling"),
+        ("family", "family"),
+    ]
+    with pytest.raises(ModelError, match="install the Debian package unicode-data"):
+        named_emoji(tmp_path / "none.txt")
+
+
+@has_emoji
+@pytest.mark.slow
+def test_the_emoji_world() -> None:
+    world = EmojiWorld()
+    samples = world.samples()
+    assert 1200 < len(samples.classes) == len(set(samples.classes))
+    for name, most in (("subgroup", 70), ("random", 15)):
+        clients = samples.clients[name]
+        pairs = np.unique(np.stack([clients, samples.labels]), axis=1)
+        assert np.bincount(pairs[0]).max() <= most
+    random = samples.clients["random"]
+    parts = [set(random[samples.of(split)]) for split in ("train", "val", "test")]
+    assert not parts[0] & parts[1] | parts[1] & parts[2] | parts[0] & parts[2]
+    one, again = samples.draw(np.array([3, 700, 5])), samples.draw(np.array([5]))
+    assert one.shape == (3, 64, 64, 3)
+    assert (one[2] == again[0]).all()
+    assert not (one[0] == one[1]).all()
+    (a, labels), (b, _), (c, _) = (samples.lesson(step, 8) for step in (1, 1, 2))
+    assert (a == b).all()
+    assert not (a == c).all()
+    assert labels.max() < len(samples.classes)
+
+
+@pytest.fixture
+def drawings(tmp_path: Path) -> Path:
+    """Two alphabets of two characters, one of them in both files."""
+    for number, alphabets in ((1, ("Greek", "Latin")), (2, ("Latin",))):
+        with zipfile.ZipFile(tmp_path / f"images_background_small{number}.zip", "w") as archive:
+            for alphabet in alphabets:
+                for character in (1, 2):
+                    for drawer in range(1, 21):
+                        ink = np.full((105, 105), 255, np.uint8)
+                        ink[5 * character : 5 * character + 4 * drawer] = 0
+                        stream = io.BytesIO()
+                        Image.fromarray(ink).save(stream, "PNG")
+                        name = f"character0{character}/0001_{drawer:02}.png"
+                        archive.writestr(
+                            f"images_background_small{number}/{alphabet}/{name}", stream.getvalue()
+                        )
+    return tmp_path
+
+
+def test_omniglot_is_split_by_drawer_and_met_by_alphabet_or_person(drawings: Path) -> None:
+    samples = omniglot(drawings)
+    assert len(samples.classes) == 4
+    counts = [len(samples.of(split)) for split in ("train", "val", "test")]
+    drawers = [len(DRAWERS[split]) for split in ("train", "val", "test")]
+    assert counts == [4 * drawers[0] * VIEWS, 4 * drawers[1], 4 * drawers[2]]
+    alphabet, drawer = samples.clients["alphabet"], samples.clients["drawer"]
+    assert (alphabet == samples.labels // 2).all()
+    parts = [set(drawer[samples.of(split)]) for split in ("train", "val", "test")]
+    assert not parts[0] & parts[2] | parts[0] & parts[1] | parts[1] & parts[2]
+    test = samples.of("test")
+    dark = (samples.draw(test)[..., 0] < 128).mean(axis=(1, 2))
+    many, few = drawer[test] % 100 == 20, drawer[test] % 100 == 16
+    assert dark[many].min() > dark[few].max()  # as drawn: test pictures are never turned
+
+
+def test_omniglot_missing_says_where_it_is_from(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is missing; fetch it from github brendenlake/omniglot"):
+        omniglot(tmp_path)
