@@ -105,7 +105,7 @@ def denoiser(model: UNet | Transformer, size: int, context: int, *, step: int) -
         return tuple(value(name) for name in model.inputs)
 
     # Sizes that do not halve evenly take diffusers' way through the up blocks that fits all.
-    example = sample(2, size + step, size + 3 * step, 500.0)
+    example = sample(2, size + step, size - step, 500.0)
     axes: dict[str, dict[int, str]] = {
         name: {0: "batch"} for name in model.inputs if name not in SCALARS
     }
