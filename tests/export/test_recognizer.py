@@ -15,10 +15,10 @@ from edge_agent.runtime.session import Session
 from export.build import Job, export_bundle
 from export.components import Network
 from export.errors import ExportError
+from export.files import digest_of
 from export.optimise import optimise
 from export.quiet import quiet
 from export.recognizer import open_recognizer
-from export.sources import digest_of
 from tests import tiny
 
 
