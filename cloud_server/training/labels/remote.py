@@ -155,7 +155,7 @@ def _wait_s(error: grpc.RpcError, attempt: int) -> float | None:
         return None
     pushback = dict(error.trailing_metadata() or ()).get(_PUSHBACK)
     if pushback is None:
-        return float(min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S))
+        return min(FIRST_WAIT_S * 2.0 ** min(attempt, 16), LONGEST_WAIT_S)
     try:
         milliseconds = int(pushback)
     except ValueError:

@@ -73,7 +73,6 @@ def test_a_batch_depends_on_seed_and_step_alone(tokenizer):
         assert torch.equal(one, same)
     assert not torch.equal(first.tokens, other.tokens)
     assert len(first.pictures) == len(first.tokens) == 2 * len(first.spoiled) == 16
-    assert first.sides.shape == (8, len(scenes.NOUNS))
 
 
 def test_sides_are_those_of_the_caption():

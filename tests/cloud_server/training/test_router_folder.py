@@ -111,7 +111,7 @@ def test_held_out_prompts_are_a_fifth_and_calibrate_where_no_others_are_given(
 def test_the_report_says_what_was_measured(material, encoder, tmp_path):
     trained = train(material, encoder, tmp_path / "router")
     text = report(trained, material)
-    assert text.startswith("linear predictor of 52 parameters, trained on 48 prompts\n")
+    assert text.startswith("linear predictor of 100 parameters, trained on 48 prompts\n")
     held_out = trained.held_out
     r = np.corrcoef(trained.predicted[held_out], trained.true[held_out])[0, 1]
     assert f"correlate by {r:.2f} (95 % interval " in text
