@@ -32,7 +32,7 @@ guard()
 from transformers import CLIPTokenizer  # noqa: E402  the guard must come first
 
 METRICS = load_metrics()
-HARD_TO_SEE = {"Integrity": 3.0}  # how much more often than others a metric is spoiled
+HARD_TO_SEE = {"Integrity": 5.0, "Detail": 2.0, "Realism": 2.0}  # how much more often than others they are spoiled
 
 
 class Batch(NamedTuple):
