@@ -46,7 +46,7 @@ def main(tables: Path, text_encoder: str, predictor: str, repeats: int, work: Pa
     for number, (table, metric, edge, cloud) in enumerate(PAIRS, 1):
         file = work / f"{predictor}-{repeats}-{number}.json"
         if not file.exists():
-            command = [
+            command: list[str | Path] = [
                 sys.executable, "-m", "cloud_server", "evaluate-router",
                 "--scores", tables / f"{table}.csv", "--metric", metric,
                 "--edge-model", edge, "--cloud-model", cloud,
