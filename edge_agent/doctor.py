@@ -125,7 +125,8 @@ def _measure(bundle: Bundle, threads: int | None, note: Note) -> None:
 def _measured(found: dict[str, Any]) -> str:
     if found["error"] is not None:
         return f"failed: {found['error']}"
-    return f"{1e3 * found['seconds']:.1f} ms, {found['psnr_db']:.0f} dB from the CPU"
+    told = "" if found["seconds"] is None else f"{1e3 * found['seconds']:.1f} ms, "
+    return f"{told}{found['psnr_db']:.0f} dB from the CPU"
 
 
 def _contents(bundle: Bundle, settings: Settings) -> dict[str, Any]:

@@ -6,7 +6,6 @@ size and with the guidance that the bundle draws with unless told otherwise.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +16,14 @@ from edge_agent.bundle import Bundle, Component
 from edge_agent.edge import Edge
 from edge_agent.errors import AgentError
 from edge_agent.runtime import providers
+from edge_agent.runtime.checked import psnr_db
 from edge_agent.runtime.network import Backend, Engine, Shapes
 from edge_agent.runtime.networks import LazyNetwork, Networks
-from edge_agent.runtime.plan import Choice, Measured, candidates
+from edge_agent.runtime.plan import Measured, candidates
 from edge_agent.types import Cancellation, Memory, Provider, Request
 
 PROMPT, SEED = "a red car on the beach", 1
 MOST_RUNS, ENOUGH_S = 5, 4.0
-_MAX_PSNR_DB = 200.0  # of equal arrays
 Feeds = Mapping[str, np.ndarray]
 OnResult = Callable[[str, Provider, Measured], None]
 
@@ -57,8 +56,8 @@ class _Recorder(Networks):
         super().__init__(bundle, provider=Provider.CPU, memory=Memory.HIGH, threads=threads)
         self.listening: dict[str, _Listening] = {}
 
-    def start(self, part: Component, choice: Choice, shapes: Shapes | None) -> Engine:
-        engine = _Listening(super().start(part, choice, shapes))
+    def start(self, part: Component, provider: Provider, shapes: Shapes | None) -> Engine:
+        engine = _Listening(super().start(part, provider, shapes))
         self.listening[part.name] = engine
         return engine
 
@@ -66,8 +65,7 @@ class _Recorder(Networks):
 def measure(bundle: Bundle, threads: int | None, on_result: OnResult) -> None:
     """Measure every provider that is installed and remember the results for `auto`.
 
-    Leaves out networks of which the CPU makes short work. Raises GenerationError when the CPU
-    itself cannot draw.
+    Recognition is left out. Raises GenerationError when the CPU itself cannot draw.
     """
     recorder = _Recorder(bundle, threads)
     edge = Edge(recorder)
@@ -75,11 +73,10 @@ def measure(bundle: Bundle, threads: int | None, on_result: OnResult) -> None:
     shared = {bundle.router.text_encoder: encoded}
     request = Request(PROMPT, steps=1)
     edge.generator(time.perf_counter).generate(request, shared, SEED)
-    drawing = [one for one in recorder.known if one.part.name != bundle.router.predictor]
     inputs = {name: one.heard for name, one in recorder.listening.items()}
     recorder.close()  # a provider is not to share the memory with the CPU's copy
     plain = Networks(bundle, provider=Provider.CPU, threads=threads)
-    for network in drawing:
+    for network in recorder.known:
         heard = inputs[network.part.name]
         if heard is None:
             continue
@@ -95,11 +92,10 @@ def _results(
     for provider in candidates(network.precise):
         shapes = {name: feeds[name].shape for name in network.inputs}
         fixed = network.static and provider in providers.STATIC
-        choice = Choice(provider, "measured")
         try:
-            engine = networks.start(network.part, choice, shapes if fixed else None)
+            engine = networks.start(network.part, provider, shapes if fixed else None)
             found = engine.run(feeds)
-            yield provider, Measured(_seconds(engine, feeds), _psnr_db(wanted, found))
+            yield provider, Measured(_seconds(engine, feeds), psnr_db(wanted, found))
         except AgentError as err:
             yield provider, Measured(error=str(err))
 
@@ -112,15 +108,3 @@ def _seconds(engine: Engine, feeds: Feeds) -> float:
         engine.run(feeds)
         times.append(time.perf_counter() - started)
     return statistics.median(times)
-
-
-def _psnr_db(wanted: list[np.ndarray], found: list[np.ndarray]) -> float:
-    """Return the worst output's peak signal-to-noise ratio; the peak is its largest magnitude."""
-    worst = _MAX_PSNR_DB
-    for want, got in zip(wanted, found, strict=True):
-        if want.shape != got.shape or not np.isfinite(got).all():
-            return -_MAX_PSNR_DB
-        error = float(np.mean((want.astype(np.float64) - got) ** 2))
-        peak = max(float(np.abs(want).max()), 1e-12)
-        worst = min(worst, 10 * math.log10(peak**2 / error) if error else _MAX_PSNR_DB)
-    return worst

@@ -18,9 +18,10 @@ import numpy as np
 from edge_agent.bundle import Bundle, Component
 from edge_agent.errors import AgentError, Cancelled
 from edge_agent.runtime import providers
+from edge_agent.runtime.checked import Checked
 from edge_agent.runtime.network import Backend, Engine, Shapes
 from edge_agent.runtime.openvino import OpenVinoSession
-from edge_agent.runtime.plan import Choice, Plan, cache_folder, digest_of
+from edge_agent.runtime.plan import Choice, Measured, Plan, cache_folder, digest_of
 from edge_agent.runtime.session import Session, default_threads
 from edge_agent.types import Cancellation, Memory, Provider
 
@@ -69,9 +70,24 @@ class LazyNetwork:
             if key not in self._open:
                 if self._networks.memory is not Memory.HIGH:
                     self._open.clear()
-                self._open[key] = engine = self._networks.start(self.part, self.choice, shapes)
+                self._open[key] = engine = self._start(shapes)
                 self.backend = engine.backend
             return self._open[key]
+
+    def _start(self, shapes: Shapes | None) -> Engine:
+        networks, part, provider = self._networks, self.part, self.choice.provider
+        engine = networks.start(part, provider, shapes)
+        if provider is Provider.CPU or not self.precise:
+            return engine
+        known = networks.plan.measured(part, [provider]).get(provider)
+        if known is not None and known.right:
+            return engine
+        return Checked(
+            part.name,
+            engine,
+            lambda: networks.start(part, Provider.CPU, None),
+            lambda near: networks.plan.remember(part, {provider: Measured(psnr_db=near)}),
+        )
 
 
 class Networks:
@@ -158,10 +174,9 @@ class Networks:
                 if other is not network:
                     other.close()
 
-    def start(self, part: Component, choice: Choice, shapes: Shapes | None) -> Engine:
+    def start(self, part: Component, provider: Provider, shapes: Shapes | None) -> Engine:
         """Open a network in the engine that its provider stands for."""
         file = self.bundle.path / part.file
-        provider = choice.provider
         if provider.base == Provider.OPENVINO:
             return OpenVinoSession(
                 file,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache as once
 from importlib import metadata
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_agent.errors import BundleError, Cancelled
+from edge_agent.errors import BundleError, Cancelled, GenerationError
 from edge_agent.runtime.network import (
     Backend,
     Shapes,
@@ -44,8 +45,17 @@ def version() -> str | None:
 
 @once
 def _core() -> openvino.Core:
-    import openvino
-
+    # Its conversion tools, which we do not use, report every import to Google Analytics. It goes on
+    # without them where they are missing, and so they are while it is imported.
+    tools = "openvino.tools.ovc"
+    missing = tools not in sys.modules
+    if missing:
+        sys.modules[tools] = None  # type: ignore[assignment]  # how Python is told of an absence
+    try:
+        import openvino
+    finally:
+        if missing:
+            del sys.modules[tools]
     return openvino.Core()
 
 
@@ -90,10 +100,11 @@ class OpenVinoSession:
                 f"OpenVINO {version()} cannot load {path} ({first_line(err)}); "
                 "choose --provider cpu, or run `python -m export` to write it again"
             ) from err
+        ports = {port.get_any_name(): port for port in self._compiled.inputs}
         self.inputs: dict[str, np.dtype[Any]] = {
-            port.get_any_name(): np.dtype(port.get_element_type().to_dtype())
-            for port in self._compiled.inputs
+            name: np.dtype(port.get_element_type().to_dtype()) for name, port in ports.items()
         }
+        self._shapes = {name: port.get_partial_shape() for name, port in ports.items()}
         self.backend = Backend(
             Provider.OPENVINO_F32 if f32 else Provider.OPENVINO,
             f"openvino {version()}",
@@ -118,8 +129,10 @@ class OpenVinoSession:
             cast = {
                 name: feed.astype(self.inputs[name], copy=False) for name, feed in feeds.items()
             }
-            results = request.infer(cast)
-            return [results[port] for port in self._compiled.outputs]
+            request.start_async(cast)  # infer() would not hear of a cancellation
+            request.wait()
+            # The request's own memory ends with it.
+            return [request.get_tensor(port).data.copy() for port in self._compiled.outputs]
         except (RuntimeError, MemoryError) as err:
             if cancellation is not None and cancellation.cancelled:
                 raise Cancelled("stopped") from err
@@ -127,6 +140,19 @@ class OpenVinoSession:
         finally:
             if forget is not None:
                 forget()
+
+    def _check(self, feeds: Mapping[str, np.ndarray]) -> None:
+        # OpenVINO itself computes something from inputs of a wrong shape.
+        for name, feed in feeds.items():
+            wanted = self._shapes[name]
+            if len(wanted) != feed.ndim or not all(
+                each.is_dynamic or each.get_length() == size
+                for each, size in zip(wanted, feed.shape, strict=True)
+            ):
+                raise GenerationError(
+                    f"OpenVINO failed in {self.path} ({name} has the shape {feed.shape} and not "
+                    f"{wanted}); check the --size, or run `edge-agent doctor`"
+                )
 
 
 def _read(path: Path, compiled: Path | None, config: Mapping[str, Any]) -> Any:

@@ -17,10 +17,9 @@ from typing import Any
 
 from edge_agent.bundle import Component
 from edge_agent.runtime import providers
+from edge_agent.runtime.checked import LEAST_PSNR_DB
 from edge_agent.types import Provider
 
-# Below this a provider's answer is not the network's any more, and `auto` never takes it.
-LEAST_PSNR_DB = 30.0
 # What decides, or is compared with what was kept, is computed in 32 bits whatever draws.
 _EXACT = {
     Provider.OPENVINO: Provider.OPENVINO_F32,
@@ -33,7 +32,8 @@ _EXACT = {
 class Measured:
     """How one provider ran one network: median seconds of a run, and how near it came to the CPU.
 
-    `error` is why it did not; `psnr_db` is the peak signal-to-noise ratio of the worst output.
+    `seconds` is None where nobody took the time, `error` is why it did not run, `psnr_db` the peak
+    signal-to-noise ratio of the worst output.
     """
 
     seconds: float | None = None
@@ -41,9 +41,9 @@ class Measured:
     error: str | None = None
 
     @property
-    def usable(self) -> bool:
-        """Whether `auto` may choose it."""
-        return self.seconds is not None and (self.psnr_db or 0.0) >= LEAST_PSNR_DB
+    def right(self) -> bool:
+        """Whether its answer is the network's."""
+        return self.psnr_db is not None and self.psnr_db >= LEAST_PSNR_DB
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,11 @@ class Plan:
                 return Choice(chosen, "asked for")
             return Choice(chosen, f"asked for {self.wanted}; this network needs 32 bits")
         known = self.measured(part, candidates(precise))
-        seconds = {one: found.seconds or 0.0 for one, found in known.items() if found.usable}
+        seconds = {
+            one: found.seconds
+            for one, found in known.items()
+            if found.right and found.seconds is not None
+        }
         if Provider.CPU not in seconds:
             return Choice(Provider.CPU, "not measured here yet")
         fastest = min(seconds, key=lambda one: seconds[one])

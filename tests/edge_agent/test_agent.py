@@ -292,7 +292,7 @@ def test_cancelling_is_never_taken_for_a_failure(make_agent: MakeAgent) -> None:
 def test_deciding_opens_only_the_networks_that_decide(make_agent: MakeAgent) -> None:
     agent = make_agent()
     agent.route(EASY)
-    assert set(agent.providers) == {"text_encoder", "predictor"}
+    assert set(agent.backends) == {"text_encoder", "predictor"}
 
 
 def test_a_share_of_zero_keeps_everything_here(make_agent: MakeAgent) -> None:
@@ -321,7 +321,7 @@ def test_a_model_with_its_own_text_encoder_is_conditioned_by_that(
     rewrite(tiny_bundle, change)
     agent = make_agent()
     assert agent.generate(Request(EASY, seed=1)).picture.image.tobytes() == shared
-    assert "text_encoder_diffusion" in agent.providers
+    assert "text_encoder_diffusion" in agent.backends
 
 
 def test_closing_the_agent_closes_the_cloud(make_agent: MakeAgent) -> None:
