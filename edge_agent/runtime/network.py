@@ -62,6 +62,13 @@ class Engine(Network, Protocol):
         ...
 
 
+def cast(feeds: Mapping[str, np.ndarray], types: Mapping[str, np.dtype]) -> dict[str, np.ndarray]:
+    """Return inputs in the network's own types; one it does not know is for the engine to name."""
+    return {
+        name: feed.astype(types.get(name, feed.dtype), copy=False) for name, feed in feeds.items()
+    }
+
+
 def name_of(path: Path) -> str:
     """Return what a person calls the network in `path`: in a bundle, the folder's name."""
     return path.parent.name if path.stem == "model" else path.stem
@@ -100,7 +107,7 @@ def is_out_of_memory(err: Exception) -> bool:
 
 def first_line(err: Exception) -> str:
     """Return the first line of an engine's message that says something, at most 300 letters."""
-    lines = [line.strip() for line in str(err).splitlines()]
+    lines = [line.strip().removeprefix("Caught exception: ") for line in str(err).splitlines()]
     # OpenVINO begins with where in its own source the exception was made.
     said = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
     return (said or lines or [""])[0][:300]

@@ -22,6 +22,7 @@ from edge_agent.errors import BundleError, Cancelled, GenerationError
 from edge_agent.runtime.network import (
     Backend,
     Shapes,
+    cast,
     first_line,
     is_out_of_memory,
     out_of_memory,
@@ -126,10 +127,9 @@ class OpenVinoSession:
         try:
             if cancellation is not None and cancellation.cancelled:
                 raise Cancelled("stopped")
-            cast = {
-                name: feed.astype(self.inputs[name], copy=False) for name, feed in feeds.items()
-            }
-            request.start_async(cast)  # infer() would not hear of a cancellation
+            self._check(feeds)
+            # Not infer(), which hears of no cancellation.
+            request.start_async(cast(feeds, self.inputs))
             request.wait()
             # The request's own memory ends with it.
             return [request.get_tensor(port).data.copy() for port in self._compiled.outputs]
@@ -142,17 +142,21 @@ class OpenVinoSession:
                 forget()
 
     def _check(self, feeds: Mapping[str, np.ndarray]) -> None:
-        # OpenVINO itself computes something from inputs of a wrong shape.
-        for name, feed in feeds.items():
-            wanted = self._shapes[name]
-            if len(wanted) != feed.ndim or not all(
-                each.is_dynamic or each.get_length() == size
-                for each, size in zip(wanted, feed.shape, strict=True)
-            ):
+        # OpenVINO itself computes something of inputs that are missing or of a wrong shape.
+        for name, wanted in self._shapes.items():
+            found = feeds[name].shape if name in feeds else None
+            if found is None or not _fits(found, wanted):
                 raise GenerationError(
-                    f"OpenVINO failed in {self.path} ({name} has the shape {feed.shape} and not "
+                    f"OpenVINO failed in {self.path} ({name} has the shape {found} and not "
                     f"{wanted}); check the --size, or run `edge-agent doctor`"
                 )
+
+
+def _fits(shape: tuple[int, ...], wanted: openvino.PartialShape) -> bool:
+    return len(wanted) == len(shape) and all(
+        each.is_dynamic or each.get_length() == size
+        for each, size in zip(wanted, shape, strict=True)
+    )
 
 
 def _read(path: Path, compiled: Path | None, config: Mapping[str, Any]) -> Any:

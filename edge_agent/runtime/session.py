@@ -19,6 +19,7 @@ from edge_agent.runtime import providers
 from edge_agent.runtime.network import (
     Backend,
     Shapes,
+    cast,
     first_line,
     is_out_of_memory,
     out_of_memory,
@@ -122,11 +123,10 @@ class Session:
         try:
             if cancellation is not None and cancellation.cancelled:
                 raise Cancelled("stopped")
-            cast = {
-                name: feed.astype(self.inputs[name], copy=False) for name, feed in feeds.items()
-            }
             with self._turn:
-                outputs: list[np.ndarray] = self._session.run(None, cast, options)
+                outputs: list[np.ndarray] = self._session.run(
+                    None, cast(feeds, self.inputs), options
+                )
         except _RUN_ERRORS as err:
             if cancellation is not None and cancellation.cancelled:
                 raise Cancelled("stopped") from err
@@ -179,7 +179,7 @@ def _dimensions(path: Path, shapes: Shapes) -> dict[str, int]:
     options = _options(Provider.CPU, 1, True, Memory.LOW)  # only looked at: opens in no time
     named: dict[str, int] = {}
     for node in _load(path, options, [(providers.CPU_NAME, {})]).get_inputs():
-        for dimension, size in zip(node.shape, shapes[node.name], strict=True):
+        for dimension, size in zip(node.shape, shapes.get(node.name, node.shape), strict=True):
             if isinstance(dimension, str) and named.setdefault(dimension, size) != size:
                 raise GenerationError(
                     f"{path} has one dimension {dimension!r} of two sizes, {named[dimension]} "
