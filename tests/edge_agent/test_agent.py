@@ -14,6 +14,7 @@ from PIL import Image
 from edge_agent.agent import EdgeAgent, LazyCloud
 from edge_agent.bundle import open_bundle
 from edge_agent.cloud.client import CloudClient
+from edge_agent.diffusion.generator import EdgeGenerator
 from edge_agent.errors import (
     AgentError,
     BundleError,
@@ -32,6 +33,7 @@ from edge_agent.types import (
     Cancellation,
     Event,
     Fallback,
+    Memory,
     OnEvent,
     Picture,
     Request,
@@ -293,6 +295,43 @@ def test_deciding_opens_only_the_networks_that_decide(make_agent: MakeAgent) -> 
     agent = make_agent()
     agent.route(EASY)
     assert set(agent.backends) == {"text_encoder", "predictor"}
+
+
+def test_what_goes_to_the_cloud_for_sure_opens_nothing_that_draws(make_agent: MakeAgent) -> None:
+    agent = make_agent(cloud=Cloud())
+    result = agent.generate(Request(EASY, route=Route.CLOUD))
+    assert set(agent.backends) == set(result.backends) == {"text_encoder", "predictor"}
+
+
+def test_with_much_memory_everything_opens_wherever_it_is_drawn(make_agent: MakeAgent) -> None:
+    agent = make_agent(cloud=Cloud(), memory=Memory.HIGH)
+    result = agent.generate(Request(EASY, route=Route.CLOUD))
+    agent.open()
+    assert set(agent.backends) == {"text_encoder", "predictor", "unet", "vae_decoder"}
+    assert set(result.backends) == {"text_encoder", "predictor"}
+
+
+@pytest.mark.parametrize("memory", list(Memory))
+def test_memory_changes_neither_decision_nor_pixel(make_agent: MakeAgent, memory: Memory) -> None:
+    usual = make_agent().generate(Request(EASY, seed=2, negative_prompt="a dog"))
+    result = make_agent(memory=memory).generate(Request(EASY, seed=2, negative_prompt="a dog"))
+    assert result.picture.image.tobytes() == usual.picture.image.tobytes()
+    assert result.decision == usual.decision
+    assert (result.peak_rss or 0) > 1e7
+
+
+def test_no_memory_left_while_drawing_counts_as_a_failing_edge(
+    make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, alone = make_agent(cloud=Cloud()), make_agent()
+
+    def no_room(*_: object) -> None:
+        raise MemoryError("unable to allocate 9 TiB")
+
+    monkeypatch.setattr(EdgeGenerator, "generate", no_room)
+    assert agent.generate(Request(EASY)).drawn_on is Route.CLOUD
+    with pytest.raises(GenerationError, match="drawing ran out of memory; ask for --memory low"):
+        alone.generate(Request(EASY))
 
 
 def test_a_share_of_zero_keeps_everything_here(make_agent: MakeAgent) -> None:

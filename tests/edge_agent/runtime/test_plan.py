@@ -39,7 +39,14 @@ def test_until_measured_auto_is_the_cpu(plan: Plan, part: Component) -> None:
 def test_auto_is_the_fastest(plan: Plan, part: Component, tmp_path: Path) -> None:
     plan.remember(part, {CPU: Measured(2.0, 200.0), FAST: Measured(1.0, 45.0)})
     again = Plan(Provider.AUTO, 2, tmp_path / "cache")
-    assert again.choose(part) == Choice(FAST, "fastest of 2 measured here")
+    assert again.choose(part) == Choice(FAST, "best of 2 measured here")
+
+
+def test_another_engine_must_be_worth_loading(plan: Plan, part: Component) -> None:
+    plan.remember(part, {CPU: Measured(0.030, 200.0), FAST: Measured(0.015, 45.0)})
+    assert plan.choose(part) == Choice(CPU, "best of 2 measured here")
+    plan.remember(part, {CPU: Measured(0.040, 200.0)})
+    assert plan.choose(part).provider is FAST
 
 
 def test_what_is_faster_but_wrong_or_failed_is_not_taken(plan: Plan, part: Component) -> None:
