@@ -22,6 +22,17 @@ from edge_agent.types import Provider
 
 # Another engine has to be loaded as well, so that it must save something.
 WORTH_S = 0.02
+# Files of 16-bit floats are for these; onnxruntime's CPU widens them again in every run.
+_HALF, _FOR_HALF = (
+    "fp16",
+    (
+        Provider.CUDA,
+        Provider.DIRECTML,
+        Provider.COREML,
+        Provider.OPENVINO,
+        Provider.OPENVINO_F32,
+    ),
+)
 # What decides, or is compared with what was kept, is computed in 32 bits whatever draws.
 _EXACT = {
     Provider.OPENVINO: Provider.OPENVINO_F32,
@@ -101,6 +112,9 @@ class Plan:
             if found.right and found.seconds is not None
         }
         if Provider.CPU not in seconds:
+            fitting = [one for one in _FOR_HALF if one in candidates(precise)]
+            if part.precision == _HALF and fitting:
+                return Choice(fitting[0], "not measured here yet; fp16 is not for the CPU")
             return Choice(Provider.CPU, "not measured here yet")
         seconds[Provider.CPU] -= WORTH_S
         fastest = min(seconds, key=lambda one: seconds[one])

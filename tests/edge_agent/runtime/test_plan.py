@@ -36,6 +36,22 @@ def test_until_measured_auto_is_the_cpu(plan: Plan, part: Component) -> None:
     assert plan.choose(part) == Choice(CPU, "not measured here yet")
 
 
+def test_files_of_16_bits_do_not_wait_for_a_measurement(plan: Plan, part: Component) -> None:
+    half = replace(part, precision="fp16")
+    assert plan.choose(half).provider is FAST
+    assert plan.choose(half, precise=True).provider is EXACT
+
+
+def test_files_of_16_bits_go_to_a_gpu_first(
+    plan: Plan, part: Component, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = replace(part, precision="fp16")
+    monkeypatch.setattr(providers, "available", lambda: [CPU, FAST, EXACT, Provider.CUDA])
+    assert plan.choose(half).provider is Provider.CUDA
+    monkeypatch.setattr(providers, "available", lambda: [CPU])
+    assert plan.choose(half).provider is CPU
+
+
 def test_auto_is_the_fastest(plan: Plan, part: Component, tmp_path: Path) -> None:
     plan.remember(part, {CPU: Measured(2.0, 200.0), FAST: Measured(1.0, 45.0)})
     again = Plan(Provider.AUTO, 2, tmp_path / "cache")
