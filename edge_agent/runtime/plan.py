@@ -23,16 +23,8 @@ from edge_agent.types import Provider
 # Another engine has to be loaded as well, so that it must save something.
 WORTH_S = 0.02
 # Files of 16-bit floats are for these; onnxruntime's CPU widens them again in every run.
-_HALF, _FOR_HALF = (
-    "fp16",
-    (
-        Provider.CUDA,
-        Provider.DIRECTML,
-        Provider.COREML,
-        Provider.OPENVINO,
-        Provider.OPENVINO_F32,
-    ),
-)
+_HALF = "fp16"
+_GPUS_FIRST = (Provider.CUDA, Provider.DIRECTML, Provider.COREML, Provider.OPENVINO)
 # What decides, or is compared with what was kept, is computed in 32 bits whatever draws.
 _EXACT = {
     Provider.OPENVINO: Provider.OPENVINO_F32,
@@ -91,6 +83,15 @@ def candidates(precise: bool) -> list[Provider]:
     return [one for one in here if not precise or exact(one) is one]
 
 
+def _unmeasured(part: Component, precise: bool) -> Provider:
+    if part.precision == _HALF:
+        here = providers.available()
+        for provider in _GPUS_FIRST:
+            if provider in here:
+                return exact(provider) if precise else provider
+    return Provider.CPU
+
+
 class Plan:
     """Chooses a provider for each network; `wanted` is what the owner asked for."""
 
@@ -112,10 +113,7 @@ class Plan:
             if found.right and found.seconds is not None
         }
         if Provider.CPU not in seconds:
-            fitting = [one for one in _FOR_HALF if one in candidates(precise)]
-            if part.precision == _HALF and fitting:
-                return Choice(fitting[0], "not measured here yet; fp16 is not for the CPU")
-            return Choice(Provider.CPU, "not measured here yet")
+            return Choice(_unmeasured(part, precise), "not measured here yet")
         seconds[Provider.CPU] -= WORTH_S
         fastest = min(seconds, key=lambda one: seconds[one])
         return Choice(fastest, f"best of {len(known)} measured here")
