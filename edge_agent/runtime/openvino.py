@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache as once
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +35,11 @@ if TYPE_CHECKING:
 DEVICE = "CPU"
 
 
+@once
 def version() -> str | None:
-    """Return the installed version of OpenVINO, None without one; loads nothing."""
+    """Return the installed version of OpenVINO, None without one; does not load it."""
+    from importlib import metadata  # takes its time to load, and the CPU needs none of it
+
     try:
         return metadata.version("openvino")
     except metadata.PackageNotFoundError:

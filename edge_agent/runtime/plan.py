@@ -106,7 +106,7 @@ class Plan:
             if chosen is self.wanted:
                 return Choice(chosen, "asked for")
             return Choice(chosen, f"asked for {self.wanted}; this network needs 32 bits")
-        known = self.measured(part, candidates(precise))
+        known = self.measured(part, candidates(precise)) if self._file.exists() else {}
         seconds = {
             one: found.seconds
             for one, found in known.items()
