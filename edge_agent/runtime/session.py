@@ -103,7 +103,9 @@ class Session:
         self.inputs: dict[str, np.dtype[Any]] = {
             node.name: np.dtype(_DTYPES[node.type]) for node in self._session.get_inputs()
         }
-        self.backend = Backend(provider, ENGINE, nodes=_nodes(self._session, provider))
+        # Weights that were not laid out anew are summed in another order, and rounded so.
+        engine = f"{ENGINE}, low memory" if memory is Memory.LOW else ENGINE
+        self.backend = Backend(provider, engine, nodes=_nodes(self._session, provider))
         # DirectML allows one run at a time.
         self._turn = Lock() if provider is Provider.DIRECTML else nullcontext()
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -312,11 +313,13 @@ def test_with_much_memory_everything_opens_wherever_it_is_drawn(make_agent: Make
 
 
 @pytest.mark.parametrize("memory", list(Memory))
-def test_memory_changes_neither_decision_nor_pixel(make_agent: MakeAgent, memory: Memory) -> None:
-    usual = make_agent().generate(Request(EASY, seed=2, negative_prompt="a dog"))
-    result = make_agent(memory=memory).generate(Request(EASY, seed=2, negative_prompt="a dog"))
-    assert result.picture.image.tobytes() == usual.picture.image.tobytes()
-    assert result.decision == usual.decision
+def test_memory_changes_neither_decision_nor_picture(make_agent: MakeAgent, memory: Memory) -> None:
+    request = Request(EASY, seed=2, negative_prompt="a dog")
+    usual, result = make_agent().generate(request), make_agent(memory=memory).generate(request)
+    wanted, found = (np.asarray(each.picture.image, int) for each in (usual, result))
+    assert np.abs(wanted - found).max() <= 1
+    assert result.decision.prs == pytest.approx(usual.decision.prs, abs=1e-6)
+    assert result.backends["unet"].endswith("low memory)") == (memory is Memory.LOW)
     assert (result.peak_rss or 0) > 1e7
 
 

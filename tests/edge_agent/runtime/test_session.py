@@ -106,11 +106,12 @@ def test_inputs_are_cast_to_the_types_of_the_network(tiny_bundle: Path) -> None:
     assert prediction.dtype == np.float32
 
 
-def test_little_memory_changes_no_number(tiny_bundle: Path) -> None:
+def test_little_memory_changes_no_more_than_the_rounding(tiny_bundle: Path) -> None:
     feeds = {"latent_sample": np.random.default_rng(0).standard_normal((1, 4, 8, 8))}
     file = tiny_bundle / "vae_decoder" / "model.onnx"
-    little, usual = (Session(file, memory=mode).run(feeds)[0] for mode in (Memory.LOW, Memory.HIGH))
-    np.testing.assert_array_equal(little, usual)
+    little, usual = (Session(file, memory=mode) for mode in (Memory.LOW, Memory.HIGH))
+    np.testing.assert_allclose(little.run(feeds)[0], usual.run(feeds)[0], rtol=1e-5, atol=1e-6)
+    assert little.backend != usual.backend
 
 
 def test_fixed_shapes_are_the_only_ones_taken(tiny_bundle: Path) -> None:
