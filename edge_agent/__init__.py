@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from edge_agent.cloud.client import CloudClient
     from edge_agent.errors import AgentError
     from edge_agent.gallery.png import read_record, write_png
-    from edge_agent.types import Cancellation, Decision, Picture, Request, Result, Route
+    from edge_agent.types import (
+        Cancellation,
+        Decision,
+        Memory,
+        Picture,
+        Provider,
+        Request,
+        Result,
+        Route,
+    )
 
 _HOMES = {
     "AgentError": "errors",
@@ -24,7 +33,9 @@ _HOMES = {
     "CloudGenerator": "agent",
     "Decision": "types",
     "EdgeAgent": "agent",
+    "Memory": "types",
     "Picture": "types",
+    "Provider": "types",
     "Request": "types",
     "Result": "types",
     "Route": "types",
@@ -41,7 +52,9 @@ __all__ = [
     "CloudGenerator",
     "Decision",
     "EdgeAgent",
+    "Memory",
     "Picture",
+    "Provider",
     "Request",
     "Result",
     "Route",
