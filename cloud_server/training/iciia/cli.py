@@ -144,6 +144,9 @@ def train_recognizer(
     "--seeds", type=click.IntRange(1, 20), default=3, show_default=True, help="Trainings of each."
 )
 @click.option(
+    "--sweep", is_flag=True, help="Other numbers of layers and of groups too: many more trainings."
+)
+@click.option(
     "-o", "--out", type=FOLDER, required=True, help="Folder for report.json and report.html."
 )
 def evaluate_recognizer(
@@ -157,6 +160,7 @@ def evaluate_recognizer(
     threads: int | None,
     recognizer: Path,
     seeds: int,
+    sweep: bool,
     out: Path,
 ) -> None:
     """Measure ICIIA beside its baselines and ablations, each trained here with several seeds.
@@ -181,12 +185,15 @@ def evaluate_recognizer(
             schedule=Schedule(epochs=epochs),
             seeds=tuple(range(seeds)),
             work=work,
+            sweep=sweep,
         )
         report = evaluate(subject, lambda what: click.echo(what, err=True))
     name = f"{Path(source).stem}, clients by {clients}" if clients else Path(source).stem
     command = (
         f"cloud-server evaluate-recognizer {source} --recognizer {recognizer} --layers {layers} "
-        f"--epochs {epochs} --seeds {seeds}" + (f" --clients {clients}" if clients else "")
+        f"--epochs {epochs} --seeds {seeds}"
+        + (f" --clients {clients}" if clients else "")
+        + (" --sweep" if sweep else "")
     )
     report = {"title": name, "command": command, **report}
     out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """The one training run (section 3.3): the backbone is frozen, every batch is of one client.
 
 Beyond the paper a client's pictures are shuffled anew in every epoch and the length of batches
-varies, because a device meets its pictures in any order and starts with few.
+varies, because a device meets its pictures in any order and starts with few; and a step goes by
+the batches of several clients side by side, none of which sees another, which costs a third.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ SHORTEST, LONGEST = 2, 32
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The paper's settings (supplement A.2), its epochs and patience as upper bounds."""
+    """The paper's settings (supplement A.2), its epochs and patience as upper bounds.
+
+    `learning_rate` is that of a step by one client; one by `clients` goes as many times as far.
+    """
 
     learning_rate: float = 0.01
+    clients: int = 16
     clip: float = 5.0
     epochs: int = 100
     patience: int = 10
@@ -73,7 +78,7 @@ def train(
     """
     torch.manual_seed(seed)
     model = Iciia(config)
-    optimizer = torch.optim.SGD(model.parameters(), lr=schedule.learning_rate)
+    optimizer = torch.optim.SGD(model.parameters(), lr=schedule.learning_rate * schedule.clients)
     about = f"{config} {schedule} {seed} {cohort.digest()}"
     file = work / f"iciia-{hashlib.sha256(about.encode()).hexdigest()[:16]}.pt"
     labels = torch.from_numpy(cohort.labels)
@@ -88,8 +93,9 @@ def train(
         while epoch < schedule.epochs and waited < schedule.patience:
             torch.manual_seed(seed * 100_003 + epoch)  # dropout, also after a resume
             model.train()
-            for batch in batches(train_clients, schedule.varied, (seed, epoch)):
-                loss = F.cross_entropy(model(cohort.features[batch]), labels[batch])
+            for batch in stacks(train_clients, schedule, (seed, epoch)):
+                logits = model(cohort.features[batch])
+                loss = F.cross_entropy(logits.flatten(0, -2), labels[batch].flatten())
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
@@ -121,6 +127,19 @@ def batches(clients: Sequence[Ints], varied: float, seed: tuple[int, ...]) -> It
             left = left[length:]
     for i in rng.permutation(len(cut)):
         yield cut[i]
+
+
+def stacks(clients: Sequence[Ints], schedule: Schedule, seed: tuple[int, ...]) -> Iterator[Ints]:
+    """Yield batches of equal length side by side, (at most `schedule.clients`, length)."""
+    waiting: dict[int, list[Ints]] = {}
+    for batch in batches(clients, schedule.varied, seed):
+        same = waiting.setdefault(len(batch), [])
+        same.append(batch)
+        if len(same) == schedule.clients:
+            yield np.stack(waiting.pop(len(batch)))
+    rest = list(waiting.values())
+    for i in np.random.default_rng(seed).permutation(len(rest)):
+        yield np.stack(rest[i])
 
 
 @torch.inference_mode()
