@@ -67,7 +67,15 @@ class Subject:
 
     def trained(self, config: IciiaConfig, seed: int, cohort: Cohort | None = None) -> Iciia:
         """Return a form trained on the cohort, or on another one of the same features."""
-        return train(cohort or self.cohort, config, self.schedule, seed, self.work, shown=False)[0]
+        return train(
+            cohort or self.cohort,
+            config,
+            self.schedule,
+            seed,
+            self.work,
+            start=self.classifier,
+            shown=False,
+        )[0]
 
     def mixed(self, level: float, seed: int) -> Cohort:
         """Return the cohort with its clients mixed to a heterogeneity level."""

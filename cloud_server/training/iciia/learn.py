@@ -70,19 +70,24 @@ def train(
     seed: int,
     work: Path,
     *,
+    start: nn.Linear | None = None,
     shown: bool = True,
 ) -> tuple[Iciia, float]:
     """Return the module of the best epoch and its accuracy on the validation split.
 
-    The state after each epoch lies in `work`; the same call goes on from there after a kill.
+    It begins with the head `start`, the backbone's, or with a fresh one. The state after each
+    epoch lies in `work`; the same call goes on from there after a kill.
     """
     torch.manual_seed(seed)
     model = Iciia(config)
+    train_clients, val_clients = cohort.of("train"), cohort.of("val")
+    if start is not None:
+        model.begin_as(start, cohort.features[np.concatenate(train_clients)])
     optimizer = torch.optim.SGD(model.parameters(), lr=schedule.learning_rate * schedule.clients)
-    about = f"{config} {schedule} {seed} {cohort.digest()}"
+    head = start is not None and hashlib.sha256(start.weight.detach().numpy().tobytes()).hexdigest()
+    about = f"{config} {schedule} {seed} {cohort.digest()} {head}"
     file = work / f"iciia-{hashlib.sha256(about.encode()).hexdigest()[:16]}.pt"
     labels = torch.from_numpy(cohort.labels)
-    train_clients, val_clients = cohort.of("train"), cohort.of("val")
     epoch, best, waited = 0, -1.0, 0
     kept = {k: v.clone() for k, v in model.state_dict().items()}
     if file.is_file():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TINY_GROUPS = 256  # P of ICIIA-T; P = 1 is ICIIA-B
+_AT_FIRST = 0.1  # of the usual size: what a layer adds to its input, where it begins as a backbone
 Mixing = Literal["attention", "convolution", "none"]
 
 
@@ -184,6 +185,22 @@ class Iciia(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.head = nn.Linear(config.width, config.classes)
+
+    @torch.no_grad()
+    def begin_as(self, classifier: nn.Linear, features: Tensor) -> None:
+        """Start close to what the backbone says: with its own head, and layers that add little.
+
+        The last norm gives vectors back the mean and the spread of the `features` (n, D). The
+        paper leaves open how the head begins.
+        """
+        self.head.load_state_dict(classifier.state_dict())
+        last = self.layers[-1].norm2
+        last.weight.fill_(features.std(-1, unbiased=False).mean())
+        last.bias.fill_(features.mean())
+        for layer in self.layers:
+            for projection in (layer.mix.out, layer.mlp2):
+                projection.weight.mul_(_AT_FIRST)
+                projection.bias.zero_()
 
     def forward(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         *before, last = self.layers

@@ -117,7 +117,7 @@ def train(plan: Plan, out: Path) -> Iterator[str]:
         groups=tiny_groups(backbone.width) if plan.form == "tiny" else 1,
     )
     schedule = Schedule(epochs=plan.epochs)
-    model, right = learn(learnt, config, schedule, plan.seed, plan.work)
+    model, right = learn(learnt, config, schedule, plan.seed, plan.work, start=backbone.classifier)
     yield f"with 15 others of the same client {right:.2%}"
     gate = fit_gate(model, named, cohort, plan.seed)
     about = {

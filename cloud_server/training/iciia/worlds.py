@@ -31,8 +31,8 @@ PICTURES_IN_A_CLIENT: Final = {"train": 6, "val": 6, "test": 5}  # of each of it
 # A backbone knows the drawings that it learnt from by heart; a module that learnt from its answers
 # to the same ones would never see it in doubt. So other people drew for the one than for the other.
 DRAWERS: Final = {
-    "lesson": range(1, 6),
-    "train": range(6, 14),
+    "lesson": range(1, 5),
+    "train": range(5, 14),
     "val": range(14, 16),
     "test": range(16, 21),
 }
