@@ -45,13 +45,15 @@ class Subject:
     schedule: Schedule
     seeds: tuple[int, ...]
     work: Path
+    groups: int | None = None  # P of T, when it is not the usual one
     sweep: bool = False
 
     @property
     def tiny(self) -> IciiaConfig:
         """The sizes of ICIIA-T."""
         width, classes = self.classifier.in_features, self.classifier.out_features
-        return IciiaConfig(width, classes, self.layers, groups=tiny_groups(width))
+        groups = self.groups or tiny_groups(width)
+        return IciiaConfig(width, classes, self.layers, groups=groups)
 
     @property
     def methods(self) -> dict[str, IciiaConfig]:

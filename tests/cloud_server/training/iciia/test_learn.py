@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from cloud_server.training.iciia import learn
 from cloud_server.training.iciia.gate import SIGNS, Gate, fit_gate
 from cloud_server.training.iciia.learn import (
     Cohort,
+    Optimizer,
     Schedule,
     answers,
     batches,
@@ -91,26 +93,30 @@ def test_history_tells_what_the_picture_alone_does_not(trained: Iciia, cohort: C
     assert right[8] > right[0] + 0.1
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_killed_run_ends_where_an_unbroken_one_does(
-    cohort: Cohort, trained: Iciia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cohort: Cohort, optimizer: Optimizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    schedule = Schedule(optimizer, 0.01, clients=4, epochs=4)
+    start = nn.Linear(32, 40)
+    unbroken, _ = train(cohort, CONFIG, schedule, 0, tmp_path / "a", start=start, shown=False)
     seen = 0
 
     def killed(*args: object) -> float:
         nonlocal seen
         seen += 1
-        if seen == 5:
+        if seen == 3:
             raise KeyboardInterrupt
         return accuracy(*args)
 
     accuracy = learn.accuracy
     monkeypatch.setattr(learn, "accuracy", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(cohort, CONFIG, FAST, 0, tmp_path, shown=False)
+        train(cohort, CONFIG, schedule, 0, tmp_path / "b", start=start, shown=False)
     monkeypatch.undo()
-    model, _ = train(cohort, CONFIG, FAST, 0, tmp_path, shown=False)
+    model, _ = train(cohort, CONFIG, schedule, 0, tmp_path / "b", start=start, shown=False)
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, trained.state_dict()[name]), name
+        assert torch.equal(weight, unbroken.state_dict()[name]), name
 
 
 def test_other_data_or_settings_never_resume_a_run(cohort: Cohort, tmp_path: Path) -> None:
