@@ -6,8 +6,8 @@ the number of its nodes. Three identities take most of them away; D is the width
 * A score is q . k. What of it does not depend on the key leaves the softmax as it was, so the keys'
   bias is dropped, and Wk moves over to the query: r = Wk' q, score = r . x. No key is projected.
 * Weights of attention sum to one, so they may be applied before Wv: no value is projected either.
-* Wk' Wq and Wo Wv are again sparse: m and m^2 terms for each of D values. Terms are gathered,
-  multiplied by their weights and summed.
+* Wk' Wq and, of the smallest groups, Wo Wv are again sparse: m and m^2 terms for each of D values.
+  Terms are gathered, multiplied by their weights and summed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from cloud_server.training.iciia.gate import Gate
 from cloud_server.training.iciia.module import Attention, GroupedLinear, Iciia, Layer
 from export.network import OPSET
 
-MOST_TERMS = 8  # m; above, matrix products are quicker
+MOST_TERMS = 16  # m; above, matrix products are quicker
+MOST_PRODUCTS = 4  # m^2 up to which values are projected in one step
 _CONTRIB = "com.microsoft"  # onnxruntime's own operators
 _IR_VERSION = 9
 
@@ -106,8 +107,12 @@ class _Graph:
         mixed = self.node("MatMul", share, everything, name=f"{name}.mixed")  # (n, H, D)
         flat = self.constant("flat", np.array([-1, heads * width]))
         mixed = self.node("Reshape", mixed, flat, name=f"{name}.flat")
-        source, weight, bias = _values(attention)
-        seen = self.terms(f"{name}.seen", mixed, source, weight)
+        *steps, seen_by = _values(attention)
+        for step in steps:
+            mixed = self.terms(f"{name}.value", mixed, step.source, step.weight)
+            value_bias = self.constant(f"{name}.value.bias", step.bias.astype(np.float32))
+            mixed = self.node("Add", mixed, value_bias, name=f"{name}.values")
+        seen, bias = self.terms(f"{name}.seen", mixed, seen_by.source, seen_by.weight), seen_by.bias
         x = self.normed(f"{name}.norm1", asked, seen, bias, layer.norm1)
         first, second = _Terms.of(layer.mlp1), _Terms.of(layer.mlp2)
         hidden = self.terms(f"{name}.mlp1", x, first.source, first.weight)
@@ -188,14 +193,13 @@ def _queries(attention: Attention) -> tuple[Array, Array, Array]:
     return p * m + j, product[:, p, i, j], shift
 
 
-def _values(attention: Attention) -> tuple[Array, Array, Array]:
-    """Return source and weight (m^2, D) and bias (D,) of Wo (Wv z + bv) + bo.
-
-    Sources count in z (H D,), what each head has mixed.
-    """
+def _values(attention: Attention) -> list[_Terms]:
+    """Return Wo (Wv z + bv) + bo in one step or two; the first counts in z (H D,) of all heads."""
     v, out = _Terms.of(attention.v), _Terms.of(attention.out)
     width = v.bias.size
-    source = v.source + width * (np.arange(width) // (width // attention.heads))
+    v.source = v.source + width * (np.arange(width) // (width // attention.heads))
+    if len(v.source) ** 2 > MOST_PRODUCTS:
+        return [v, out]
     weight = v.weight[:, out.source] * out.weight  # (m, m, D)
     bias = (v.bias[out.source] * out.weight).sum(0) + out.bias
-    return source[:, out.source].reshape(-1, width), weight.reshape(-1, width), bias
+    return [_Terms(v.source[:, out.source].reshape(-1, width), weight.reshape(-1, width), bias)]
