@@ -301,7 +301,12 @@ def _tags(bundle: Bundle, settings: Settings, result: Result) -> Sequence[Label]
 
     try:
         recognizer = Recognizer(
-            bundle, settings.histories, top=settings.top, threads=settings.threads
+            bundle,
+            settings.histories,
+            top=settings.top,
+            provider=settings.provider,
+            memory=settings.memory,
+            threads=settings.threads,
         )
         return recognizer.tags(result.picture.image)
     except AgentError as err:  # no reason to lose the picture
