@@ -184,22 +184,17 @@ class Iciia(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.head: nn.Module = nn.Linear(config.width, config.classes)
+        self.head = nn.Linear(config.width, config.classes)
 
     @torch.no_grad()
     def begin_as(self, classifier: nn.Linear, features: Tensor) -> None:
         """Start close to what the backbone says: with its own head, and layers that add little.
 
-        The last norm gives vectors back the mean and the spread of the `features` (n, D). What is
-        learnt of the head is a map (D, D) before the backbone's, for which few pictures a class
-        are enough; `settle` makes one linear head of both.
+        The head stays as it is: what it would learn is pictures by heart, and no client. The last
+        norm gives vectors back the mean and the spread of the `features` (n, D).
         """
-        width = classifier.in_features
-        turn, own = nn.Linear(width, width), nn.Linear(width, classifier.out_features)
-        nn.init.eye_(turn.weight)
-        nn.init.zeros_(turn.bias)
-        own.load_state_dict(classifier.state_dict())
-        self.head = nn.Sequential(turn, own.requires_grad_(False))
+        self.head.load_state_dict(classifier.state_dict())
+        self.head.requires_grad_(False)
         last = self.layers[-1].norm2
         last.weight.fill_(features.std(-1, unbiased=False).mean())
         last.bias.fill_(features.mean())
@@ -207,16 +202,6 @@ class Iciia(nn.Module):
             for projection in (layer.mix.out, layer.mlp2):
                 projection.weight.mul_(_AT_FIRST)
                 projection.bias.zero_()
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Make the head one linear layer again, which says the same."""
-        if isinstance(self.head, nn.Sequential):
-            turn, own = self.head
-            head = nn.Linear(turn.in_features, own.out_features)
-            head.weight.copy_(own.weight @ turn.weight)
-            head.bias.copy_(own.weight @ turn.bias + own.bias)
-            self.head = head
 
     def forward(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         *before, last = self.layers
