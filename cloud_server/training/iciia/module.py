@@ -152,7 +152,11 @@ class NoMixing(nn.Module):
         return self.out(self.into(x).relu())
 
 
-_MIXERS = {"attention": Attention, "convolution": Convolution, "none": NoMixing}
+_MIXERS: dict[Mixing, type[Attention | Convolution | NoMixing]] = {
+    "attention": Attention,
+    "convolution": Convolution,
+    "none": NoMixing,
+}
 
 
 class Layer(nn.Module):
@@ -160,7 +164,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: IciiaConfig) -> None:
         super().__init__()
-        self.mix = _MIXERS[config.mixing](config)
+        self.mix: Attention | Convolution | NoMixing = _MIXERS[config.mixing](config)
         self.mlp1, self.mlp2 = (
             GroupedLinear(config.width, config.groups, shuffle=config.shuffle) for _ in range(2)
         )
@@ -186,6 +190,11 @@ class Iciia(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.head = nn.Linear(config.width, config.classes)
 
+    @property
+    def stack(self) -> list[Layer]:
+        """The layers, first to last, as what they are."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
     @torch.no_grad()
     def begin_as(self, classifier: nn.Linear, features: Tensor) -> None:
         """Start close to what the backbone says: with its own head, and layers that add little.
@@ -195,10 +204,10 @@ class Iciia(nn.Module):
         """
         self.head.load_state_dict(classifier.state_dict())
         self.head.requires_grad_(False)
-        last = self.layers[-1].norm2
+        last = self.stack[-1].norm2
         last.weight.fill_(features.std(-1, unbiased=False).mean())
         last.bias.fill_(features.mean())
-        for layer in self.layers:
+        for layer in self.stack:
             for projection in (layer.mix.out, layer.mlp2):
                 projection.weight.mul_(_AT_FIRST)
                 projection.bias.zero_()
