@@ -164,7 +164,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: IciiaConfig) -> None:
         super().__init__()
-        self.mix: Attention | Convolution | NoMixing = _MIXERS[config.mixing](config)
+        self.mix: Mixer = _MIXERS[config.mixing](config)
         self.mlp1, self.mlp2 = (
             GroupedLinear(config.width, config.groups, shuffle=config.shuffle) for _ in range(2)
         )
