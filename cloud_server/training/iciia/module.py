@@ -152,7 +152,8 @@ class NoMixing(nn.Module):
         return self.out(self.into(x).relu())
 
 
-_MIXERS: dict[Mixing, type[Attention | Convolution | NoMixing]] = {
+Mixer = Attention | Convolution | NoMixing
+_MIXERS: dict[Mixing, type[Mixer]] = {
     "attention": Attention,
     "convolution": Convolution,
     "none": NoMixing,
