@@ -37,8 +37,10 @@ def result_to_json(result: Result, file: Path | None = None, tags: Tags = None) 
         "fallback_from": None if result.fallback_from is None else result.fallback_from.value,
         "fallback_reason": result.fallback_reason,
         "models": dict(result.models),
+        "backends": dict(result.backends),
         "timings_ms": _rounded(result.timings_ms, 3),
         "drawing_ms": _rounded(picture.timings_ms, 3),
+        "peak_rss_bytes": result.peak_rss,
         **_tags(tags),
     }
 
@@ -55,6 +57,7 @@ def png_record(result: Result, tags: Tags = None) -> dict[str, Any]:
         "drawn_on": result.drawn_on.value,
         "fallback_from": None if result.fallback_from is None else result.fallback_from.value,
         "models": dict(result.models),
+        "backends": dict(result.backends),
         **_tags(tags),
     }
 
