@@ -44,7 +44,7 @@ def fits(iciia: Iciia) -> bool:
 def write(iciia: Iciia, gate: Gate, file: Path, longest: int) -> None:
     """Write features (B, D) and rows (n,) to logits (n, C) and gate (n,), 2 <= B <= `longest`."""
     graph = _Graph()
-    *before, last = iciia.layers
+    *before, last = iciia.stack
     everything = "features"
     for i, layer in enumerate(before):
         everything = graph.layer(layer, f"layer{i}", everything, everything)
@@ -85,7 +85,7 @@ class _Graph:
 
     def normed(self, name: str, x: str, more: str, bias: Array, norm: torch.nn.LayerNorm) -> str:
         """LayerNorm of x + more + bias."""
-        constants = (norm.weight, norm.bias, bias.astype(np.float32))
+        constants: tuple[Tensor | Array, ...] = (norm.weight, norm.bias, bias.astype(np.float32))
         names = [self.constant(f"{name}.{i}", value) for i, value in enumerate(constants)]
         return self.node(
             "SkipLayerNormalization", x, more, *names, name=name, domain=_CONTRIB, epsilon=norm.eps

@@ -86,7 +86,7 @@ def train(
 ) -> tuple[Iciia, float]:
     """Return the module of the best epoch and its accuracy on the validation split.
 
-    It begins with the head `start`, the backbone's, or with a fresh one. The state after each
+    It keeps the head `start`, the backbone's, or learns a fresh one. The state after each
     epoch lies in `work`; the same call goes on from there after a kill.
     """
     torch.manual_seed(seed)
@@ -126,7 +126,6 @@ def train(
             bar.set_postfix(val=f"{right:.2%}", best=f"{best:.2%}")
             bar.update()
     model.load_state_dict(kept)
-    model.settle()
     return model.eval(), best
 
 

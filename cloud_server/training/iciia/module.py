@@ -152,7 +152,12 @@ class NoMixing(nn.Module):
         return self.out(self.into(x).relu())
 
 
-_MIXERS = {"attention": Attention, "convolution": Convolution, "none": NoMixing}
+Mixer = Attention | Convolution | NoMixing
+_MIXERS: dict[Mixing, type[Mixer]] = {
+    "attention": Attention,
+    "convolution": Convolution,
+    "none": NoMixing,
+}
 
 
 class Layer(nn.Module):
@@ -160,7 +165,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: IciiaConfig) -> None:
         super().__init__()
-        self.mix = _MIXERS[config.mixing](config)
+        self.mix: Mixer = _MIXERS[config.mixing](config)
         self.mlp1, self.mlp2 = (
             GroupedLinear(config.width, config.groups, shuffle=config.shuffle) for _ in range(2)
         )
@@ -184,39 +189,29 @@ class Iciia(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.head: nn.Module = nn.Linear(config.width, config.classes)
+        self.head = nn.Linear(config.width, config.classes)
+
+    @property
+    def stack(self) -> list[Layer]:
+        """The layers, first to last, as what they are."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     @torch.no_grad()
     def begin_as(self, classifier: nn.Linear, features: Tensor) -> None:
         """Start close to what the backbone says: with its own head, and layers that add little.
 
-        The last norm gives vectors back the mean and the spread of the `features` (n, D). What is
-        learnt of the head is a map (D, D) before the backbone's, for which few pictures a class
-        are enough; `settle` makes one linear head of both.
+        The head stays as it is: what it would learn is pictures by heart, and no client. The last
+        norm gives vectors back the mean and the spread of the `features` (n, D).
         """
-        width = classifier.in_features
-        turn, own = nn.Linear(width, width), nn.Linear(width, classifier.out_features)
-        nn.init.eye_(turn.weight)
-        nn.init.zeros_(turn.bias)
-        own.load_state_dict(classifier.state_dict())
-        self.head = nn.Sequential(turn, own.requires_grad_(False))
-        last = self.layers[-1].norm2
+        self.head.load_state_dict(classifier.state_dict())
+        self.head.requires_grad_(False)
+        last = self.stack[-1].norm2
         last.weight.fill_(features.std(-1, unbiased=False).mean())
         last.bias.fill_(features.mean())
-        for layer in self.layers:
+        for layer in self.stack:
             for projection in (layer.mix.out, layer.mlp2):
                 projection.weight.mul_(_AT_FIRST)
                 projection.bias.zero_()
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Make the head one linear layer again, which says the same."""
-        if isinstance(self.head, nn.Sequential):
-            turn, own = self.head
-            head = nn.Linear(turn.in_features, own.out_features)
-            head.weight.copy_(own.weight @ turn.weight)
-            head.bias.copy_(own.weight @ turn.bias + own.bias)
-            self.head = head
 
     def forward(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         *before, last = self.layers

