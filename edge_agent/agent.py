@@ -26,6 +26,7 @@ from edge_agent.errors import (
     LedgerError,
     Unreachable,
 )
+from edge_agent.precision import check_precision
 from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, check_prompt, check_request
 from edge_agent.routing.budget.ledger import Ledger, Reservation
 from edge_agent.routing.budget.pacer import Pacer
@@ -376,10 +377,10 @@ class EdgeAgent:
         return TextEncoder(self._open_session(component), tokenizer)
 
     def _open_session(self, component: str) -> Session:
+        part = self.bundle.component(component)
         session = Session(
-            self.bundle.path_of(component),
-            threads=self._threads,
-            optimized=self.bundle.component(component).optimized,
+            self.bundle.path_of(component), threads=self._threads, optimized=part.optimized
         )
+        check_precision(part, session.providers)
         self.providers[component] = session.providers
         return session

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from edge_agent.bundle import Bundle, open_bundle
+from edge_agent.bundle import Bundle, Loss, open_bundle
 from edge_agent.config import OPTIONS, Settings
 from edge_agent.errors import AgentError
 
@@ -69,6 +70,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
                 f"{parity['metric']} {parity['value']:.5g} (gate {parity['gate']:g})  "
                 f"runs on {', '.join(part['providers'])}"
             )
+            if part["loss"]:
+                lines.append(f"    {part['precision']} costs {Loss(**part['loss'])}")
+        if bundle["loss"]:
+            lines.append(f"  together lower precision costs {Loss(**bundle['loss'])}")
     lines.append(f"cloud       {cloud['status']}")
     lines.append(f"budget      {report['budget']['status']}")
     lines.append("settings")
@@ -114,6 +119,7 @@ def _contents(bundle: Bundle, threads: int | None) -> dict[str, Any]:
         "created_at": bundle.created_at,
         "model": bundle.diffusion.model,
         "scheduler": bundle.diffusion.scheduler.get("_class_name"),
+        "loss": asdict(bundle.loss) if bundle.loss else None,
         "defaults": {
             "the bundle": {
                 "share": bundle.router.default_share,
@@ -130,6 +136,7 @@ def _contents(bundle: Bundle, threads: int | None) -> dict[str, Any]:
                 "file": part.file,
                 "size_bytes": part.size_bytes,
                 "precision": part.precision,
+                "loss": asdict(part.loss) if part.loss else None,
                 "opset": part.opset,
                 "optimized": part.optimized,
                 "parity": {

@@ -1,0 +1,164 @@
+"""Networks in lower precision than they were trained in, by onnxruntime's own tools.
+
+Models over 2 GB pass through here: weights lie beside the graph in every file on the way, and no
+graph is serialised with its weights inside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnxruntime.quantization.onnx_model import ONNXModel
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+from export.errors import ExportError
+from export.optimise import BASIC, MIN_EXTERNAL_BYTES, optimise
+from export.precision import FP16, INT4, INT8
+
+# Layers that NVIDIA's Model Optimizer leaves alone in diffusion models (examples/diffusers): they
+# hold few weights, and every other layer reads what they say.
+SENSITIVE = re.compile(
+    r"time_emb|add_embedding|time_text_embed|context_embedder|x_embedder|pos_embed|norm_out"
+)
+INT4_BLOCK = 32  # weights that share a scale
+
+
+class Unsuited(ExportError):
+    """A component in which the precision would change nothing."""
+
+
+def lower(traced: Path, finished: Path, precision: str) -> None:
+    """Write `traced` in another precision to `finished`, ready for the device.
+
+    fp16 keeps 32-bit inputs and outputs and consists of standard operators, for the device to
+    optimise for its GPU; the others are optimised for processors. Raises Unsuited.
+    """
+    workspace = finished.parent.with_name(f"{finished.parent.name}.lowering")
+    workspace.mkdir(parents=True)
+    finished.parent.mkdir(parents=True)
+    folded, lowered = workspace / "folded.onnx", workspace / "lowered.onnx"
+    optimise(traced, folded, BASIC)  # so that weights are constants, and types are known
+    if precision == FP16:
+        _halve(folded, finished)
+    else:
+        _QUANTISERS[precision](folded, lowered)
+        _refuse_unchanged(lowered, precision)
+        optimise(lowered, finished)
+
+
+def rounding(model: Path, copy: Path) -> None:
+    """Write a copy of an fp16 `model` that rounds on a processor as a GPU does, to measure it.
+
+    onnxruntime's CPU provider computes it in 32 bits and leaves the rounding between two nodes out.
+    It cannot where something stands between them. `copy` shares the weights of `model`, which
+    must lie beside it under the same name.
+    """
+    proto = onnx.load(model, load_external_data=False)
+    nodes = list(proto.graph.node)
+    del proto.graph.node[:]
+    for node in nodes:
+        outputs = list(node.output)
+        node.output[:] = [f"{name}/exact" if name else "" for name in outputs]
+        proto.graph.node.append(node)
+        proto.graph.node.extend(
+            onnx.helper.make_node("Identity", [f"{name}/exact"], [name]) for name in outputs if name
+        )
+    onnx.save(proto, copy)
+
+
+def _halve(folded: Path, finished: Path) -> None:
+    proto = onnx.load(folded, load_external_data=False)
+    model = convert_float_to_float16(
+        str(folded),
+        keep_io_types=True,
+        op_block_list=DEFAULT_OP_BLOCK_LIST,
+        node_block_list=sorted(_feeding_waves(proto)),
+    )
+    seen: set[str] = set()
+    for node in list(model.graph.node):
+        # The converter adds the same cast once for each of its readers.
+        if node.output[0] in seen:
+            model.graph.node.remove(node)
+        seen.update(node.output)
+    _save(ONNXModel(model), finished)
+
+
+def _feeding_waves(proto: ModelProto) -> set[str]:
+    """Return the nodes that a sine or cosine depends on, and those themselves.
+
+    They embed timesteps and sizes of up to a thousand and more, at which half precision is a
+    quarter off: that many radians.
+    """
+    makers = {output: node for node in proto.graph.node for output in node.output}
+    found: set[str] = set()
+    waiting = [node for node in proto.graph.node if node.op_type in ("Sin", "Cos")]
+    while waiting:
+        node = waiting.pop()
+        if node.name not in found:
+            found.add(node.name)
+            waiting += [makers[name] for name in node.input if name in makers]
+    return found
+
+
+def _to_int8(folded: Path, lowered: Path) -> None:
+    """Quantise matrix products: weights once by column, activations as they come."""
+    products, sensitive = _products_only(folded)
+    quantize_dynamic(
+        products,
+        lowered,
+        op_types_to_quantize=["MatMul"],  # onnxruntime has no fast kernel for convolutions
+        nodes_to_exclude=sensitive,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        # 7 bits of weights: with 8 processors without VNNI saturate, and the loss that is measured
+        # here would not be theirs.
+        reduce_range=True,
+        use_external_data_format=True,
+    )
+
+
+def _to_int4(folded: Path, lowered: Path) -> None:
+    """Quantise the weights of matrix products in blocks; activations stay as they are."""
+    products, sensitive = _products_only(folded)
+    quantizer = MatMulNBitsQuantizer(
+        str(products), block_size=INT4_BLOCK, nodes_to_exclude=sensitive
+    )
+    quantizer.process()
+    _save(quantizer.model, lowered)
+
+
+_QUANTISERS: dict[str, Callable[[Path, Path], None]] = {INT8: _to_int8, INT4: _to_int4}
+_QUANTISED = {"MatMulInteger", "MatMulNBits"}
+
+
+def _products_only(folded: Path) -> tuple[Path, list[str]]:
+    """Write the model with Gemm as MatMul, which is what is quantised; return sensitive nodes."""
+    model = ONNXModel(onnx.load(folded))
+    model.replace_gemm_with_matmul()
+    del model.graph().value_info[:]  # of before
+    file = folded.with_name("products.onnx")
+    _save(model, file)
+    return file, [node.name for node in model.nodes() if SENSITIVE.search(node.name)]
+
+
+def _refuse_unchanged(lowered: Path, precision: str) -> None:
+    nodes = onnx.load(lowered, load_external_data=False).graph.node
+    if not any(node.op_type in _QUANTISED for node in nodes):
+        raise Unsuited(f"it has no matrix products with weights that {precision} could make less")
+
+
+def _save(model: ONNXModel, file: Path) -> None:
+    model.topological_sort()
+    onnx.save_model(
+        model.model,
+        file,
+        save_as_external_data=True,
+        location=f"{file.name}.data",
+        size_threshold=MIN_EXTERNAL_BYTES,
+    )
