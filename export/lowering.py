@@ -6,12 +6,11 @@ graph is serialised with its weights inside.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto
+from onnx import GraphProto, ModelProto
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.onnx_model import ONNXModel
@@ -21,11 +20,6 @@ from export.errors import ExportError
 from export.optimise import BASIC, MIN_EXTERNAL_BYTES, optimise
 from export.precision import FP16, INT4, INT8
 
-# Layers that NVIDIA's Model Optimizer leaves alone in diffusion models (examples/diffusers): they
-# hold few weights, and every other layer reads what they say.
-SENSITIVE = re.compile(
-    r"time_emb|add_embedding|time_text_embed|context_embedder|x_embedder|pos_embed|norm_out"
-)
 INT4_BLOCK = 32  # weights that share a scale
 
 
@@ -55,20 +49,20 @@ def lower(traced: Path, finished: Path, precision: str) -> None:
 def rounding(model: Path, copy: Path) -> None:
     """Write a copy of an fp16 `model` that rounds on a processor as a GPU does, to measure it.
 
-    onnxruntime's CPU provider computes it in 32 bits and leaves the rounding between two nodes out.
-    It cannot where something stands between them. `copy` shares the weights of `model`, which
-    must lie beside it under the same name.
+    onnxruntime's CPU provider widens fp16 to 32 bits and leaves the rounding between two nodes
+    out, but not where two nodes that move half floats as they are stand between them. `copy` shares
+    the weights of `model`, which must lie beside it under the same name.
     """
     proto = onnx.load(model, load_external_data=False)
     nodes = list(proto.graph.node)
     del proto.graph.node[:]
     for node in nodes:
-        outputs = list(node.output)
-        node.output[:] = [f"{name}/exact" if name else "" for name in outputs]
+        names = [name for name in node.output if name]
+        node.output[:] = [name and f"{name}/exact" for name in node.output]
         proto.graph.node.append(node)
-        proto.graph.node.extend(
-            onnx.helper.make_node("Identity", [f"{name}/exact"], [name]) for name in outputs if name
-        )
+        for name in names:
+            for taken, given in ((f"{name}/exact", f"{name}/half"), (f"{name}/half", name)):
+                proto.graph.node.append(onnx.helper.make_node("Identity", [taken], [given]))
     onnx.save(proto, copy)
 
 
@@ -80,13 +74,30 @@ def _halve(folded: Path, finished: Path) -> None:
         op_block_list=DEFAULT_OP_BLOCK_LIST,
         node_block_list=sorted(_feeding_waves(proto)),
     )
-    seen: set[str] = set()
-    for node in list(model.graph.node):
-        # The converter adds the same cast once for each of its readers.
-        if node.output[0] in seen:
-            model.graph.node.remove(node)
-        seen.update(node.output)
+    _tidy(model.graph)
     _save(ONNXModel(model), finished)
+
+
+def _tidy(graph: GraphProto) -> None:
+    """Put right what onnxruntime's converter does around nodes that stay in 32 bits.
+
+    It adds the same cast once for each reader of a tensor, and rounds between two such nodes.
+    """
+    casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}
+    full = {each.name for each in graph.input}  # those that are cast are cast from 32 bits
+    instead: dict[str, str] = {}
+    for name, node in casts.items():
+        before = casts.get(node.input[0])
+        if before and name == f"{before.output[0]}_cast_to_fp32":
+            exact = before.input[0]
+            if exact in full or exact == f"{before.output[0]}_cast_to_fp16":
+                instead[name] = exact
+    nodes = {node.output[0]: node for node in graph.node if node.output[0] not in instead}
+    for node in nodes.values():
+        node.input[:] = [instead.get(name, name) for name in node.input]
+    kept = list(nodes.values())
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _feeding_waves(proto: ModelProto) -> set[str]:
@@ -108,12 +119,10 @@ def _feeding_waves(proto: ModelProto) -> set[str]:
 
 def _to_int8(folded: Path, lowered: Path) -> None:
     """Quantise matrix products: weights once by column, activations as they come."""
-    products, sensitive = _products_only(folded)
     quantize_dynamic(
-        products,
+        _products_only(folded),
         lowered,
         op_types_to_quantize=["MatMul"],  # onnxruntime has no fast kernel for convolutions
-        nodes_to_exclude=sensitive,
         weight_type=QuantType.QInt8,
         per_channel=True,
         # 7 bits of weights: with 8 processors without VNNI saturate, and the loss that is measured
@@ -125,10 +134,7 @@ def _to_int8(folded: Path, lowered: Path) -> None:
 
 def _to_int4(folded: Path, lowered: Path) -> None:
     """Quantise the weights of matrix products in blocks; activations stay as they are."""
-    products, sensitive = _products_only(folded)
-    quantizer = MatMulNBitsQuantizer(
-        str(products), block_size=INT4_BLOCK, nodes_to_exclude=sensitive
-    )
+    quantizer = MatMulNBitsQuantizer(str(_products_only(folded)), block_size=INT4_BLOCK)
     quantizer.process()
     _save(quantizer.model, lowered)
 
@@ -137,14 +143,14 @@ _QUANTISERS: dict[str, Callable[[Path, Path], None]] = {INT8: _to_int8, INT4: _t
 _QUANTISED = {"MatMulInteger", "MatMulNBits"}
 
 
-def _products_only(folded: Path) -> tuple[Path, list[str]]:
-    """Write the model with Gemm as MatMul, which is what is quantised; return sensitive nodes."""
+def _products_only(folded: Path) -> Path:
+    """Write the model with Gemm as MatMul, which is what is quantised, and return its file."""
     model = ONNXModel(onnx.load(folded))
     model.replace_gemm_with_matmul()
     del model.graph().value_info[:]  # of before
     file = folded.with_name("products.onnx")
     _save(model, file)
-    return file, [node.name for node in model.nodes() if SENSITIVE.search(node.name)]
+    return file
 
 
 def _refuse_unchanged(lowered: Path, precision: str) -> None:

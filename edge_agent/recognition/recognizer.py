@@ -12,6 +12,7 @@ import numpy as np
 from edge_agent.bundle import Bundle, RecognizerSpec
 from edge_agent.config import LONGEST_HISTORY
 from edge_agent.errors import BundleError, PictureError
+from edge_agent.precision import check_precision
 from edge_agent.recognition.history import Features, History
 from edge_agent.recognition.pictures import Pixels, read_picture
 from edge_agent.runtime.session import Session
@@ -71,7 +72,9 @@ class Recognizer:
 
         def session(name: str) -> Session:
             part = bundle.component(name)
-            return Session(bundle.path_of(name), threads=threads, optimized=part.optimized)
+            opened = Session(bundle.path_of(name), threads=threads, optimized=part.optimized)
+            check_precision(part, opened.providers)
+            return opened
 
         self._backbone = session(self._spec.backbone)
         self._head, self._adapted = session(self._spec.head), session(self._spec.adapted)
