@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from cloud_server.console import DEVICES, Device, one_sentence
 from cloud_server.errors import ConfigError, DataError
+from cloud_server.training.router_source import Source, source_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,12 +32,7 @@ _VERSIONS = ("routet2i-edge", "numpy", "torch", "scikit-learn")
 
 
 @click.command("evaluate-router")
-@click.option("--labels", type=_FILE, help="What cloud-server label wrote.")
-@click.option("--scores", type=_FILE, help="Or a CSV table: prompt, model, metric, score in 0..1.")
-@click.option("--edge-model", help="The model of --scores that draws on the device.")
-@click.option("--cloud-model", help="The model of --scores that draws in the cloud.")
-@click.option("--metric", "metrics", multiple=True, help="A metric of --scores; repeatable.  [all]")
-@click.option("--text-encoder", metavar="ID_OR_DIR", help="As in train-router.")
+@source_options
 @click.option("--router", type=_THERE, help="Evaluate this router instead of training ours.")
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="The page.")
 @click.option(
@@ -71,12 +67,7 @@ _VERSIONS = ("routet2i-edge", "numpy", "torch", "scikit-learn")
 @click.option("--threads", type=_COUNT, help="CPU threads.  [torch's]")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def evaluate_router_command(
-    labels: Path | None,
-    scores: Path | None,
-    edge_model: str | None,
-    cloud_model: str | None,
-    metrics: tuple[str, ...],
-    text_encoder: str | None,
+    source: Source,
     router: Path | None,
     out: Path | None,
     json_file: Path | None,
@@ -116,16 +107,15 @@ def evaluate_router_command(
         from cloud_server.training.loop import Budget
         from cloud_server.training.router import Settings
         from cloud_server.training.router import check as check_labels
-        from cloud_server.training.router_cli import open_material, starter_encoder
 
         if threads:
             torch.set_num_threads(threads)
         where = pick_device(device)
-        material = open_material(labels, scores, edge_model, cloud_model, metrics, None)
+        material = source.material()
         known = material.labels
         check_labels(known)
         plan = _plan(known, held_out, seeds, folds, repeats, seed)
-        features = open_encoder(text_encoder or starter_encoder()).encode(known.prompts, where)
+        features = open_encoder(source.encoder()).encode(known.prompts, where)
         kinds: list[str] = []
         network = Network(
             "ours",

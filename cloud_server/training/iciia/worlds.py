@@ -25,6 +25,7 @@ from edge_agent.recognition.pictures import Pixels
 EMOJI_TEST: Final = Path("/usr/share/unicode/emoji/emoji-test.txt")
 SIDE: Final = 64
 PICTURES_OF_A_CLASS: Final = {"train": 24, "val": 6, "test": 10}
+SMALLEST, NOISIEST = 0.25, 0.25  # emoji, of the side; spread of noise, of the range of pixels
 CLASSES_OF_A_CLIENT: Final = 15
 PICTURES_IN_A_CLIENT: Final = {"train": 6, "val": 6, "test": 5}  # of each of its classes
 DRAWERS: Final = {"train": range(1, 14), "val": range(14, 16), "test": range(16, 21)}
@@ -96,10 +97,11 @@ class EmojiWorld:
         counts = [PICTURES_OF_A_CLASS[split] for split in SPLITS]
         labels = np.concatenate([np.tile(np.arange(c), n) for n in counts])
         splits = np.repeat(np.arange(3, dtype=np.int8), [n * c for n in counts])
-        names = [one.subgroup for one in self.emoji]
-        numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        subgroup = np.array([numbers[name] for name in names], np.int64)[labels]
-        about = f"emoji {self.seed} {PICTURES_OF_A_CLASS} {[one.name for one in self.emoji]}"
+        groups = [one.subgroup for one in self.emoji]
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+        subgroup = np.array([numbers[name] for name in groups], np.int64)[labels]
+        names = [one.name for one in self.emoji]
+        about = f"emoji {self.seed} {PICTURES_OF_A_CLASS} {SMALLEST} {NOISIEST} {names}"
         return Samples(
             classes=tuple(one.name for one in self.emoji),
             labels=labels,
@@ -145,7 +147,7 @@ class EmojiWorld:
         def uniform(low: float, high: float, *shape: int) -> Tensor:
             return torch.from_numpy(rng.uniform(low, high, (n, *shape)).astype(np.float32))
 
-        angle, size = uniform(-0.4, 0.4), uniform(0.45, 1.0)
+        angle, size = uniform(-0.4, 0.4), uniform(SMALLEST, 1.0)
         cos, sin = angle.cos() / size, angle.sin() / size
         room = (1.05 - size) / size
         x, y = uniform(-1, 1) * room, uniform(-1, 1) * room
@@ -165,7 +167,7 @@ class EmojiWorld:
         blurred = F.avg_pool2d(picture, 5, 1, 2, count_include_pad=False)
         picture = torch.lerp(picture, blurred, uniform(0.0, 1.0, 1, 1, 1))
         noise = torch.from_numpy(rng.standard_normal(picture.shape, np.float32))
-        picture = picture + noise * uniform(0.0, 0.12, 1, 1, 1)
+        picture = picture + noise * uniform(0.0, NOISIEST, 1, 1, 1)
         whole = picture.mul(255).round().clamp(0, 255).byte()
         return whole.permute(0, 2, 3, 1).contiguous().numpy()
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from edge_agent.routing.policy import threshold
 
-ETA = 0.05
+ETA = 0.1
 
 
 @dataclass(frozen=True, slots=True)
