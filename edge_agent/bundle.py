@@ -58,13 +58,11 @@ class Loss:
     accepted: bool
 
     def __str__(self) -> str:
-        told = {
-            "outputs": self.psnr_db,
-            "pictures": self.picture_psnr_db,
-        }
+        told = {"outputs": self.psnr_db, "pictures": self.picture_psnr_db}
         parts = [f"{what} {value:.1f} dB" for what, value in told.items() if value is not None]
         parts += [] if self.flips is None else [f"{self.flips:.1%} of decisions"]
-        return ", ".join(parts) + (" (accepted)" if self.accepted else "")
+        known = ", ".join(parts) or "nothing that is drawn or decided"
+        return known + (" (accepted)" if self.accepted else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
             )
             if part["loss"]:
                 lines.append(f"    {part['precision']} costs {Loss(**part['loss'])}")
-        if bundle["loss"]:
+        if sum(part["loss"] is not None for part in bundle["components"]) > 1:
             lines.append(f"  together lower precision costs {Loss(**bundle['loss'])}")
     lines.append(f"cloud       {cloud['status']}")
     lines.append(f"budget      {report['budget']['status']}")

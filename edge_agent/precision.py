@@ -14,8 +14,8 @@ PROCESSOR = "CPUExecutionProvider"
 def check_precision(component: Component, providers: Sequence[str]) -> None:
     """Raise BundleError for fp16 with nothing but the processor to run it.
 
-    onnxruntime would widen all of it to 32 bits in every run, in more memory than an fp32 file
-    takes: never what somebody meant who chose fp16.
+    onnxruntime would widen all of it to 32 bits in every run, which is never what somebody meant
+    who chose fp16.
     """
     if component.precision == HALF and set(providers) <= {PROCESSOR}:
         raise BundleError(

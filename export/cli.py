@@ -13,7 +13,7 @@ import click
 from tqdm import tqdm
 
 from cloud_server.starter import starter_folder
-from edge_agent.bundle import default_path
+from edge_agent.bundle import default_path, open_bundle
 from edge_agent.prompt import MAX_STEPS
 from export.errors import ExportError
 from export.precision import Precisions
@@ -171,6 +171,9 @@ def main(
         sys.exit(130)
     if not silent:
         click.echo(table(rows), err=True)
+        if sum(row.component.loss is not None for row in rows) > 1:
+            loss = open_bundle(path, verify=False).loss
+            click.echo(f"together lower precision costs {loss}", err=True)
         if sensitivity:
             from export.sensitivity import read_trials, trial_table
 

@@ -42,7 +42,7 @@ def lower(traced: Path, finished: Path, precision: str) -> None:
         _halve(folded, finished)
     else:
         _QUANTISERS[precision](folded, lowered)
-        _refuse_unchanged(lowered, precision)
+        _refuse_unchanged(lowered)
         optimise(lowered, finished)
 
 
@@ -153,10 +153,10 @@ def _products_only(folded: Path) -> Path:
     return file
 
 
-def _refuse_unchanged(lowered: Path, precision: str) -> None:
+def _refuse_unchanged(lowered: Path) -> None:
     nodes = onnx.load(lowered, load_external_data=False).graph.node
     if not any(node.op_type in _QUANTISED for node in nodes):
-        raise Unsuited(f"it has no matrix products with weights that {precision} could make less")
+        raise Unsuited("it has no matrix products with fixed weights")
 
 
 def _save(model: ONNXModel, file: Path) -> None:

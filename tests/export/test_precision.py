@@ -155,15 +155,15 @@ def test_weights_that_were_changed_are_refused(again):
 def test_the_device_draws_and_doctor_tells_the_loss(lowered, tmp_path, capsys):
     bundle = str(lowered[0].out)
     told = ["generate", "a cat", "--bundle", bundle, "--offline", "-o", str(tmp_path / "cat.png")]
-    assert run(told) == 0
+    assert run(told, {}) == 0
     capsys.readouterr()
-    assert run(["doctor", "--bundle", bundle, "--offline"]) == 0
+    assert run(["doctor", "--bundle", bundle, "--offline"], {}) == 0
     report = capsys.readouterr().out
     opened = open_bundle(lowered[0].out)
     for part in opened.components.values():
         assert (f"{part.precision} costs {part.loss}" in report) is (part.precision != FP32)
     assert f"together lower precision costs {opened.loss}" in report
-    assert run(["doctor", "--bundle", bundle, "--offline", "--json"]) == 0
+    assert run(["doctor", "--bundle", bundle, "--offline", "--json"], {}) == 0
     found = json.loads(capsys.readouterr().out)["bundle"]
     assert found["components"][2]["loss"]["psnr_db"] == opened.components["unet"].loss.psnr_db
 
@@ -237,11 +237,11 @@ def test_half_precision_is_refused_where_nothing_computes_in_it(exported, tmp_pa
     assert bundle.loss.picture_psnr_db > 40
     assert not bundle.components["unet"].optimized  # by whoever has the GPU
     for command in ("generate", "route"):
-        assert run([command, "a cat", "--bundle", str(path), "--offline"]) == 1
+        assert run([command, "a cat", "--bundle", str(path), "--offline"], {}) == 1
         out, err = capsys.readouterr()
         assert out == ""
         assert "the text_encoder of this bundle is in fp16, which is for GPUs" in err
-    assert run(["doctor", "--bundle", str(path), "--offline"]) == 1
+    assert run(["doctor", "--bundle", str(path), "--offline"], {}) == 1
     assert "export with --precision fp32 or int8" in capsys.readouterr().out
 
 
