@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx
-from onnx import GraphProto, ModelProto
+from onnx import GraphProto, ModelProto, TensorProto
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.onnx_model import ONNXModel
@@ -20,11 +21,12 @@ from export.errors import ExportError
 from export.optimise import BASIC, MIN_EXTERNAL_BYTES, optimise
 from export.precision import FP16, INT4, INT8
 
+FLOAT = TensorProto.FLOAT
 INT4_BLOCK = 32  # weights that share a scale
 
 
 class Unsuited(ExportError):
-    """A component in which the precision would change nothing."""
+    """A component that cannot have a precision: it would change nothing, or everything."""
 
 
 def lower(traced: Path, finished: Path, precision: str) -> None:
@@ -33,17 +35,16 @@ def lower(traced: Path, finished: Path, precision: str) -> None:
     fp16 keeps 32-bit inputs and outputs and consists of standard operators, for the device to
     optimise for its GPU; the others are optimised for processors. Raises Unsuited.
     """
-    workspace = finished.parent.with_name(f"{finished.parent.name}.lowering")
-    workspace.mkdir(parents=True)
     finished.parent.mkdir(parents=True)
-    folded, lowered = workspace / "folded.onnx", workspace / "lowered.onnx"
-    optimise(traced, folded, BASIC)  # so that weights are constants, and types are known
-    if precision == FP16:
-        _halve(folded, finished)
-    else:
-        _QUANTISERS[precision](folded, lowered)
-        _refuse_unchanged(lowered)
-        optimise(lowered, finished)
+    with TemporaryDirectory(dir=finished.parent.parent) as workspace:
+        folded, lowered = Path(workspace) / "folded.onnx", Path(workspace) / "lowered.onnx"
+        optimise(traced, folded, BASIC)  # so that weights are constants, and types are known
+        if precision == FP16:
+            _halve(folded, finished)
+        else:
+            _QUANTISERS[precision](folded, lowered)
+            _refuse_unchanged(lowered)
+            optimise(lowered, finished)
 
 
 def rounding(model: Path, copy: Path) -> None:
@@ -84,13 +85,13 @@ def _tidy(graph: GraphProto) -> None:
     It adds the same cast once for each reader of a tensor, and rounds between two such nodes.
     """
     casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}
-    full = {each.name for each in graph.input}  # those that are cast are cast from 32 bits
+    floats = {each.name for each in graph.input if each.type.tensor_type.elem_type == FLOAT}
     instead: dict[str, str] = {}
     for name, node in casts.items():
         before = casts.get(node.input[0])
         if before and name == f"{before.output[0]}_cast_to_fp32":
             exact = before.input[0]
-            if exact in full or exact == f"{before.output[0]}_cast_to_fp16":
+            if exact in floats or exact == f"{before.output[0]}_cast_to_fp16":
                 instead[name] = exact
     nodes = {node.output[0]: node for node in graph.node if node.output[0] not in instead}
     for node in nodes.values():

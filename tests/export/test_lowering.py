@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -92,13 +94,37 @@ def test_a_lowered_model_is_smaller_and_near_the_one_in_full(
     assert names[0] == names[1]
 
 
-def test_no_file_on_the_way_holds_weights_beside_its_graph(lowered):
-    for precision in (FP16, INT8, INT4):
-        model = lowered(precision)
-        graphs = list(model.parent.parent.rglob("*.onnx"))
-        assert len(graphs) > 1
-        # A graph of more than 2 GB cannot be written: in a small one it is weights that count.
-        assert all(graph.stat().st_size < WIDTH * WIDTH // 8 for graph in graphs)
+@pytest.mark.parametrize("precision", [FP16, INT8, INT4])
+def test_no_file_on_the_way_holds_weights_beside_its_graph(
+    lowered, tmp_path, monkeypatch, precision
+):
+    @contextmanager
+    def kept(dir: Path) -> Iterator[str]:
+        (dir / "workspace").mkdir()
+        yield str(dir / "workspace")
+
+    monkeypatch.setattr("export.lowering.TemporaryDirectory", kept)
+    lowered(precision)
+    graphs = list(tmp_path.rglob("*.onnx"))
+    assert len(graphs) > 1
+    # A graph of more than 2 GB cannot be written: in a small one it is weights that count.
+    assert all(graph.stat().st_size < WIDTH * WIDTH // 8 for graph in graphs)
+    assert len(list(tmp_path.rglob("*.data"))) >= len(graphs)
+
+
+def test_an_integer_that_becomes_a_time_is_embedded_in_32_bits_too(tmp_path):
+    class Counting(nn.Module):
+        def forward(self, count: Tensor) -> Tensor:
+            """Take (B,) whole numbers to waves."""
+            return (count.to(torch.float32) * 0.37).sin()
+
+    count, dims = torch.tensor([999, 3]), ({0: torch.export.Dim("batch", max=4)},)
+    with quiet():
+        file = tmp_path / "t.onnx"
+        trace_symbolically(Counting().eval(), (count,), file, ("count",), ("wave",), dims)
+        lower(file, tmp_path / "half" / "model.onnx", FP16)
+    (got,) = open_plainly(tmp_path / "half" / "model.onnx").run(None, {"count": count.numpy()})
+    np.testing.assert_allclose(got, Counting()(count), atol=1e-3)
 
 
 def test_int8_quantises_products_and_nothing_else(lowered):
