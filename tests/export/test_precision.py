@@ -236,8 +236,8 @@ def test_half_precision_is_refused_where_nothing_computes_in_it(exported, tmp_pa
     assert bundle.components["unet"].loss.psnr_db > 50
     assert bundle.loss.picture_psnr_db > 40
     assert not bundle.components["unet"].optimized  # by whoever has the GPU
-    for command in ("generate", "route"):
-        assert run([command, "a cat", "--bundle", str(path), "--offline"], {}) == 1
+    for command in (["generate", "--offline"], ["route"]):
+        assert run([*command, "a cat", "--bundle", str(path)], {}) == 1
         out, err = capsys.readouterr()
         assert out == ""
         assert "the text_encoder of this bundle is in fp16, which is for GPUs" in err
