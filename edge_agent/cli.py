@@ -19,11 +19,21 @@ import click
 
 from edge_agent.config import OPTIONS, Settings, resolve
 from edge_agent.errors import AgentError, Cancelled, ConfigError
-from edge_agent.types import Cancellation, Decision, Event, Fallback, OnEvent, Queued, Step
+from edge_agent.types import (
+    Cancellation,
+    Decision,
+    Event,
+    Fallback,
+    OnEvent,
+    Queued,
+    Result,
+    Step,
+)
 
 if TYPE_CHECKING:
     from edge_agent.agent import EdgeAgent
-    from edge_agent.recognition.recognizer import Recognition, Recognizer
+    from edge_agent.bundle import Bundle
+    from edge_agent.recognition.recognizer import Label, Recognition, Recognizer
     from edge_agent.routing.budget.ledger import Ledger
 
 PROGRAM = "edge-agent"
@@ -32,7 +42,8 @@ Command = Callable[..., Any]
 _BUDGET = ("budget_pictures", "budget_cost", "cloud_cost", "ledger")
 _RECOGNIZING = ("client", "history", "histories", "top")
 _DRAWING = tuple(name for name in OPTIONS if name not in _RECOGNIZING)
-_DECIDING = ("bundle", "share", "threads", "json", "quiet", "debug")
+_COMPUTING = ("provider", "memory", "threads")
+_DECIDING = ("bundle", "share", *_COMPUTING, "json", "quiet", "debug")
 
 
 @dataclass(slots=True)
@@ -133,12 +144,13 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
     check_folder(_output_file(settings.output, request.prompt, 0))
     with _open_agent(settings) as agent, _progress(settings.quiet) as on_event:
         result = _cancellable(lambda flag: agent.generate(request, on_event, flag))
+        tags = _tags(agent.bundle, settings, result)
     if not settings.quiet:
         _note_ignored(result.decision)
     file = _output_file(settings.output, result.prompt, result.picture.seed)
-    write_png(file, result.picture.image, png_record(result))
+    write_png(file, result.picture.image, png_record(result, tags))
     if settings.json:
-        _print_json(result_to_json(result, file))
+        _print_json(result_to_json(result, file, tags))
     else:
         click.echo(file)
         if not settings.quiet:
@@ -151,7 +163,7 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
 @cli.command()
 @click.argument("images", nargs=-1, metavar="IMAGE...", type=click.Path(path_type=Path))
 @click.option("--forget", metavar="ID", help="Delete the history of this client.")
-@settings_options("bundle", *_RECOGNIZING, "threads", "json", "quiet", "debug")
+@settings_options("bundle", *_RECOGNIZING, *_COMPUTING, "json", "quiet", "debug")
 @click.pass_obj
 def recognize(state: State, /, images: tuple[Path, ...], forget: str | None, **flags: Any) -> int:
     """Say what is in each IMAGE, in the light of the client's earlier pictures.
@@ -174,6 +186,8 @@ def recognize(state: State, /, images: tuple[Path, ...], forget: str | None, **f
         settings.histories,
         history=settings.history,
         top=settings.top,
+        provider=settings.provider,
+        memory=settings.memory,
         threads=settings.threads,
     )
     failed, notes = False, set[str]()
@@ -190,14 +204,16 @@ def recognize(state: State, /, images: tuple[Path, ...], forget: str | None, **f
 
 
 @cli.command()
+@click.option("--measure", is_flag=True, help="First time every provider, for --provider auto.")
 @settings_options("offline", "cloud", *_BUDGET, *_DECIDING)
 @click.pass_obj
-def doctor(state: State, /, **flags: Any) -> int:
+def doctor(state: State, /, measure: bool, **flags: Any) -> int:
     """Check the bundle, the networks, the cloud and the settings; exit 1 if it cannot draw."""
     from edge_agent.doctor import examine, report_lines
 
     settings = _resolve(state, flags)
-    report = examine(settings)
+    tell = (lambda _: None) if settings.quiet else _note
+    report = examine(settings, tell if measure else None)
     if settings.json:
         _print_json(report)
     else:
@@ -261,6 +277,8 @@ def _open_agent(settings: Settings) -> EdgeAgent:
         share=settings.share,
         budget=_budget(settings),
         offline=settings.offline,
+        provider=settings.provider,
+        memory=settings.memory,
         threads=settings.threads,
     )
 
@@ -273,6 +291,27 @@ def _budget(settings: Settings) -> Ledger | None:
 
     limits = Limits(settings.budget_pictures, settings.budget_cost, settings.cloud_cost)
     return Ledger(settings.ledger, limits)
+
+
+def _tags(bundle: Bundle, settings: Settings, result: Result) -> Sequence[Label] | None:
+    """Return what the bundle's recogniser, if it has one, sees in a picture that was drawn."""
+    if bundle.recognizer is None:
+        return None
+    from edge_agent.recognition.recognizer import Recognizer
+
+    try:
+        recognizer = Recognizer(
+            bundle,
+            settings.histories,
+            top=settings.top,
+            provider=settings.provider,
+            memory=settings.memory,
+            threads=settings.threads,
+        )
+        return recognizer.tags(result.picture.image)
+    except AgentError as err:  # no reason to lose the picture
+        _note(f"the picture has no tags: {err}")
+        return None
 
 
 def _forget(settings: Settings, client: str) -> None:

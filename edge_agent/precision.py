@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from edge_agent.bundle import Component
 from edge_agent.errors import BundleError
+from edge_agent.types import Provider
 
 HALF = "fp16"
-PROCESSOR = "CPUExecutionProvider"
 
 
-def check_precision(component: Component, providers: Sequence[str]) -> None:
-    """Raise BundleError for fp16 with nothing but the processor to run it.
+def check_precision(component: Component, provider: Provider) -> None:
+    """Raise BundleError for fp16 on onnxruntime's CPU provider.
 
-    onnxruntime would widen all of it to 32 bits in every run, which is never what somebody meant
-    who chose fp16.
+    It would widen all of it to 32 bits in every run, which is never what somebody meant who chose
+    fp16.
     """
-    if component.precision == HALF and set(providers) <= {PROCESSOR}:
+    if component.precision == HALF and provider is Provider.CPU:
         raise BundleError(
-            f"the {component.name} of this bundle is in fp16, which is for GPUs, and here "
-            "onnxruntime has only the processor; export with --precision fp32 or int8 for this "
-            "device, or install the build of onnxruntime for its GPU"
+            f"the {component.name} of this bundle is in fp16, which is for GPUs, and here it would "
+            "run on onnxruntime's CPU provider; export with --precision fp32 or int8 for this "
+            "device, or choose another --provider"
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from edge_agent.agent import EdgeAgent
 from edge_agent.bundle import Bundle, Component, Loss
 from edge_agent.errors import GenerationError
-from edge_agent.types import Request, Route
+from edge_agent.types import Provider, Request, Route
 from export.bundle_writer import Losses
 from export.errors import ExportError
 from export.files import link
@@ -199,7 +199,7 @@ class Exam:
 
     def _draw(self, bundle: Bundle) -> NDArray[np.float64]:
         """Return pixels (pictures, height, width, 3), 0 to 255."""
-        with EdgeAgent(bundle, offline=True) as agent:
+        with EdgeAgent(bundle, offline=True, provider=Provider.CPU) as agent:
             try:
                 drawn = [
                     agent.generate(
@@ -214,5 +214,5 @@ class Exam:
     def _decide(self, bundle: Bundle) -> NDArray[np.bool_]:
         """Return of each prompt whether it would go to the cloud."""
         share = bundle.router.default_share or EVEN_SHARE
-        with EdgeAgent(bundle, offline=True, share=share) as agent:
+        with EdgeAgent(bundle, offline=True, share=share, provider=Provider.CPU) as agent:
             return np.array([agent.route(each).route is Route.CLOUD for each in self._prompts])

@@ -15,6 +15,8 @@ import onnxruntime as ort
 EXTENDED = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 BASIC = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # the same for all providers
 MIN_EXTERNAL_BYTES = 1024
+# OpenVINO reads every activation fused into a Gemm as a ReLU.
+NOT_FOR_ALL = ["GemmActivationFusion"]
 
 
 def optimise(traced: Path, optimised: Path, level: ort.GraphOptimizationLevel = EXTENDED) -> None:
@@ -29,7 +31,9 @@ def optimise(traced: Path, optimised: Path, level: ort.GraphOptimizationLevel = 
         "session.optimized_model_external_initializers_min_size_in_bytes": str(MIN_EXTERNAL_BYTES),
     }.items():
         options.add_session_config_entry(key, value)
-    ort.InferenceSession(traced, options, providers=["CPUExecutionProvider"])
+    ort.InferenceSession(
+        traced, options, providers=["CPUExecutionProvider"], disabled_optimizers=NOT_FOR_ALL
+    )
 
 
 def opset_of(model: Path) -> int:

@@ -25,7 +25,7 @@ from export.text import Texts
 guard()
 import diffusers  # noqa: E402  the guard must come first
 
-REVISION = 3  # raise when components come out differently, so that none older is kept
+REVISION = 4  # raise when components come out differently, so that none older is kept
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from edge_agent.diffusion.conditioning import Conditioner, Feeds
 from edge_agent.diffusion.samplers import make_sampler, overridden, sampler_name
 from edge_agent.errors import Cancelled, ConfigError, GenerationError
 from edge_agent.routing.encoder import Encoded, TextEncoder
-from edge_agent.runtime.session import Session
+from edge_agent.runtime.network import Network
 from edge_agent.types import Cancellation, OnEvent, Picture, Request, Step
 
 
@@ -41,8 +41,8 @@ class EdgeGenerator:
         self,
         spec: DiffusionSpec,
         *,
-        denoiser: Session,
-        vae_decoder: Session,
+        denoiser: Network,
+        vae_decoder: Network,
         text_encoders: Mapping[str, TextEncoder],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -162,7 +162,7 @@ class EdgeGenerator:
                 "timestep": np.asarray(timestep),
                 **condition,
             }
-            prediction = self._denoiser.run(self._cast(self._denoiser, feeds), cancellation)[0]
+            prediction = self._denoiser.run(feeds, cancellation)[0]
             prediction = prediction.astype(np.float32, copy=False)
             if batch == 2:
                 prediction = prediction[:1] + plan.guidance * (prediction[1:] - prediction[:1])
@@ -179,8 +179,8 @@ class EdgeGenerator:
     def _decode(self, latents: np.ndarray, cancellation: Cancellation | None) -> np.ndarray:
         """Return (height, width, 3) uint8 pixels."""
         unscaled = latents / self._spec.scaling_factor + self._spec.shift_factor
-        feeds = self._cast(self._vae_decoder, {"latent_sample": unscaled})
-        sample = self._vae_decoder.run(feeds, cancellation)[0][0].astype(np.float32)
+        decoded = self._vae_decoder.run({"latent_sample": unscaled}, cancellation)
+        sample = decoded[0][0].astype(np.float32)
         if not np.isfinite(sample).all():
             raise GenerationError(
                 "the decoder answered with pixels that are not finite numbers; export the model "
@@ -188,9 +188,3 @@ class EdgeGenerator:
             )
         pixels = (np.clip(sample.transpose(1, 2, 0), -1.0, 1.0) + 1.0) * 127.5
         return pixels.round().astype(np.uint8)
-
-    @staticmethod
-    def _cast(session: Session, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {
-            name: array.astype(session.inputs[name], copy=False) for name, array in feeds.items()
-        }

@@ -16,7 +16,7 @@ from edge_agent.agent import EdgeAgent
 from edge_agent.bundle import Bundle, open_bundle
 from edge_agent.cli import run
 from edge_agent.errors import BundleError
-from edge_agent.types import Request, Route
+from edge_agent.types import Provider, Request, Route
 from export import loss
 from export.build import Job, Row, Stage, export_bundle
 from export.cli import main
@@ -90,13 +90,13 @@ def again(lowered: tuple[Job, list[Row]], tmp_path: Path) -> Job:
 
 
 def pictures(bundle: Bundle) -> np.ndarray:
-    with EdgeAgent(bundle, offline=True) as agent:
+    with EdgeAgent(bundle, offline=True, provider=Provider.CPU) as agent:
         requests = [Request(PROMPTS[i], seed=i, route=Route.EDGE) for i in range(PICTURES)]
         return np.stack([np.float64(agent.generate(each).picture.image) for each in requests])
 
 
 def decisions(bundle: Bundle) -> list[Route]:
-    with EdgeAgent(bundle, offline=True) as agent:
+    with EdgeAgent(bundle, offline=True, provider=Provider.CPU) as agent:
         return [agent.route(each).route for each in PROMPTS]
 
 
@@ -237,11 +237,11 @@ def test_half_precision_is_refused_where_nothing_computes_in_it(exported, tmp_pa
     assert bundle.loss.picture_psnr_db > 40
     assert not bundle.components["unet"].optimized  # by whoever has the GPU
     for command in (["generate", "--offline"], ["route"]):
-        assert run([*command, "a cat", "--bundle", str(path)], {}) == 1
+        assert run([*command, "a cat", "--bundle", str(path), "--provider", "cpu"], {}) == 1
         out, err = capsys.readouterr()
         assert out == ""
         assert "the text_encoder of this bundle is in fp16, which is for GPUs" in err
-    assert run(["doctor", "--bundle", str(path), "--offline"], {}) == 1
+    assert run(["doctor", "--bundle", str(path), "--offline", "--provider", "cpu"], {}) == 1
     assert "export with --precision fp32 or int8" in capsys.readouterr().out
 
 
