@@ -32,7 +32,10 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How close the exported part came to torch: `value` in `metric`, export fails below `gate`."""
+    """How close the exported part came to torch: `value` in `metric`, export fails below `gate`.
+
+    Both compute in 32-bit floats; what a lower precision adds to that is its `Loss`.
+    """
 
     metric: str
     value: float
@@ -40,8 +43,34 @@ class Parity:
 
 
 @dataclass(frozen=True, slots=True)
+class Loss:
+    """What lower precision costs, measured at export against the same in 32-bit floats.
+
+    `psnr_db` compares a component's outputs on the samples of its parity, `picture_psnr_db`
+    finished pictures of the same noise; `flips` is the share of prompts that the router sends to
+    the other side. None where the component has no part in it. `accepted` says that this is more
+    than exporting lets pass unasked.
+    """
+
+    psnr_db: float | None
+    picture_psnr_db: float | None
+    flips: float | None
+    accepted: bool
+
+    def __str__(self) -> str:
+        told = {"outputs": self.psnr_db, "pictures": self.picture_psnr_db}
+        parts = [f"{what} {value:.1f} dB" for what, value in told.items() if value is not None]
+        parts += [] if self.flips is None else [f"{self.flips:.1%} of decisions"]
+        known = ", ".join(parts) or "nothing that is drawn or decided"
+        return known + (" (accepted)" if self.accepted else "")
+
+
+@dataclass(frozen=True, slots=True)
 class Component:
-    """One ONNX network of the bundle; `files` holds the graph and its external weights."""
+    """One ONNX network of the bundle; `files` holds the graph and its external weights.
+
+    `loss` is that of this component alone, None in 32-bit floats.
+    """
 
     name: str
     file: str
@@ -53,6 +82,7 @@ class Component:
     parity: Parity
     source: str
     optimized: bool
+    loss: Loss | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -146,7 +176,10 @@ class RecognizerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle; `tokenizers` holds one for each text encoder, by component."""
+    """An opened bundle; `tokenizers` holds one for each text encoder, by component.
+
+    `loss` is that of all its components together, None where none is lowered.
+    """
 
     path: Path
     format: int
@@ -157,6 +190,7 @@ class Bundle:
     diffusion: DiffusionSpec
     router: RouterSpec
     recognizer: RecognizerSpec | None = None
+    loss: Loss | None = None
 
     def path_of(self, component: str) -> Path:
         """Return the ONNX file of a component."""
@@ -252,6 +286,9 @@ class _Fields:
             raise self._error(f"{self.where}{key}", kind.__name__)
         return value
 
+    def maybe(self, key: str, kind: type[T]) -> T | None:
+        return None if self.content.get(key) is None else self.get(key, kind)
+
     def one_of(self, key: str, *values: str) -> str:
         value = self.get(key, str)
         if value not in values:
@@ -300,6 +337,7 @@ def _parse(path: Path, content: dict[str, Any]) -> Bundle:
         diffusion=_diffusion(root.child("diffusion")),
         router=_router(root.child("router")),
         recognizer=_recognizer(root.child("recognizer")) if "recognizer" in content else None,
+        loss=_loss(root),
     )
     encoders = (bundle.router.text_encoder, *bundle.diffusion.text_encoders)
     needed = [*encoders, bundle.router.predictor, bundle.diffusion.denoiser, "vae_decoder"]
@@ -330,6 +368,19 @@ def _component(name: str, fields: _Fields) -> Component:
         ),
         source=fields.get("source", str),
         optimized=fields.get("optimized", bool),
+        loss=_loss(fields),
+    )
+
+
+def _loss(parent: _Fields) -> Loss | None:
+    if parent.content.get("loss") is None:
+        return None
+    fields = parent.child("loss")
+    return Loss(
+        psnr_db=fields.maybe("psnr_db", float),
+        picture_psnr_db=fields.maybe("picture_psnr_db", float),
+        flips=fields.maybe("flips", float),
+        accepted=fields.get("accepted", bool),
     )
 
 

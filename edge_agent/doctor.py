@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from edge_agent.bundle import Bundle, open_bundle
+from edge_agent.bundle import Bundle, Loss, open_bundle
 from edge_agent.config import OPTIONS, Settings
 from edge_agent.errors import AgentError
 
@@ -66,6 +66,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
                 f"{parity['metric']} {parity['value']:.5g} (gate {parity['gate']:g})"
             )
             lines += _where(part)
+            if part["loss"]:
+                lines.append(f"    {part['precision']} costs {Loss(**part['loss'])}")
+        if sum(part["loss"] is not None for part in bundle["components"]) > 1:
+            lines.append(f"  together lower precision costs {Loss(**bundle['loss'])}")
     lines.append(f"cloud       {cloud['status']}")
     lines.append(f"budget      {report['budget']['status']}")
     lines.append("settings")
@@ -140,6 +144,7 @@ def _contents(bundle: Bundle, settings: Settings) -> dict[str, Any]:
         "created_at": bundle.created_at,
         "model": bundle.diffusion.model,
         "scheduler": bundle.diffusion.scheduler.get("_class_name"),
+        "loss": asdict(bundle.loss) if bundle.loss else None,
         "defaults": {
             "the bundle": {
                 "share": bundle.router.default_share,
@@ -176,6 +181,7 @@ def _components(bundle: Bundle, settings: Settings) -> list[dict[str, Any]]:
             "opset": part.opset,
             "optimized": part.optimized,
             "parity": asdict(part.parity),
+            "loss": asdict(part.loss) if part.loss else None,
         }
         if one := known.get(part.name):
             measured = networks.plan.measured(part, candidates(one.precise))

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-import onnxruntime
-import torch
-
-from cloud_server.torchvision_guard import guard
-from cloud_server.training import predictor as predictors
 from cloud_server.training.encoders import TextEncoder
+from cloud_server.training.labels.prompts import sample_prompts
 from edge_agent.bundle import Component
 from edge_agent.errors import BundleError
-from export import components, denoisers, text
-from export.bundle_writer import MODEL, ROUTER_TEXT, BundleWriter
-from export.errors import ExportError
-from export.files import digest_of
+from export import text
+from export.bundle_writer import ROUTER_TEXT, SENSITIVITY, BundleWriter, dump
+from export.errors import ExportError, naming
+from export.loss import PICTURES, PROMPTS, PROMPTS_SEED, Exam, judge, judged
+from export.making import STAGES, Made, make
 from export.manifest import manifest
-from export.network import Network
-from export.optimise import opset_of, optimise
-from export.parity import GATES, check_parity
+from export.parts import parts_of
+from export.precision import FP32, PRECISIONS, Precisions, unsuited
 from export.quiet import quiet
 from export.recognizer import RecognizerSource
+from export.sensitivity import report, try_all
 from export.sources import Lora, Pipeline, RouterFolder
-from export.text import Texts
-
-guard()
-import diffusers  # noqa: E402  the guard must come first
-
-REVISION = 4  # raise when components come out differently, so that none older is kept
-STAGES = ("trace", "optimise", "compare")
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +36,9 @@ class Job:
     """What to export. `text_encoder` is the folder or id of what the router reads prompts with;
 
     without it that is the pipeline's own. `loras` are merged into the pipeline first. `gates`
-    overrides parity gates by component.
+    overrides parity gates by component. What lower precision costs is measured on `prompts`, by
+    default captions of the starter's world, and so many `pictures`; with `accept_loss` it may be
+    anything. With `sensitivity` every component is tried at every precision.
     """
 
     pipeline: Pipeline
@@ -57,7 +47,11 @@ class Job:
     text_encoder: str | Path | None = None
     loras: Sequence[Lora] = ()
     recognizer: RecognizerSource | None = None
-    precision: str = "fp32"
+    precision: Precisions = field(default_factory=Precisions)
+    prompts: Sequence[str] = ()
+    pictures: int = PICTURES
+    accept_loss: bool = False
+    sensitivity: bool = False
     gates: Mapping[str, float] = field(default_factory=dict)
     fresh: bool = False
 
@@ -81,15 +75,6 @@ class Row:
     kept: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    name: str
-    metric: str
-    gate: float
-    source: str
-    load: Callable[[], Network]
-
-
 @quiet()
 def export_bundle(
     job: Job,
@@ -104,7 +89,7 @@ def export_bundle(
     """
     try:
         with _merged(job) as merged:
-            return _export_parts(merged, job.pipeline.folder, on_stage, clock, now)
+            return _Export(merged, job.pipeline.folder, on_stage, clock).run(now())
     except OSError as err:
         raise ExportError(
             f"cannot write the bundle to '{job.out}': {err.strerror or err}; "
@@ -112,37 +97,6 @@ def export_bundle(
         ) from err
     except BundleError as err:
         raise ExportError(f"the device cannot read what was exported: {err}") from err
-
-
-def _export_parts(
-    job: Job,
-    original: Path,
-    on_stage: Callable[[Stage], None],
-    clock: Callable[[], float],
-    now: Callable[[], datetime],
-) -> tuple[Path, list[Row]]:
-    with _naming(ROUTER_TEXT):
-        source = job.text_encoder or original
-        router_text = text.open_text(source)
-        _check_router(job, source, router_text)
-        texts = text.read_texts(job.pipeline.folder, job.pipeline.family, router_text)
-    parts = _plan(job, texts)
-    writer = BundleWriter(job.out, fresh=job.fresh)
-    rows = []
-    for i, part in enumerate(parts):
-        start = clock()
-        kept = writer.keep(part.name, part.source)
-
-        def tell(stage: int, name: str = part.name, before: int = i * len(STAGES)) -> None:
-            on_stage(Stage(name, STAGES[stage], before + stage, len(parts) * len(STAGES)))
-
-        component = kept or _export(part, job.precision, writer, tell)
-        rows.append(Row(component, clock() - start, kept is not None))
-    components = [row.component for row in rows]
-    content = manifest(job.pipeline, job.router, texts, writer, now())
-    if job.recognizer:
-        content["recognizer"] = job.recognizer.manifest()
-    return writer.finish(components, content), rows
 
 
 @contextmanager
@@ -159,48 +113,115 @@ def _merged(job: Job) -> Iterator[Job]:
         yield replace(job, pipeline=merge(job.pipeline, job.loras, Path(folder)), loras=())
 
 
-def _export(
-    part: _Part, precision: str, writer: BundleWriter, tell: Callable[[int], None]
-) -> Component:
-    workspace = writer.workspace(part.name)
-    traced, finished = workspace / "traced.onnx", workspace / "finished"
-    with _naming(part.name):
-        tell(0)
-        network = part.load()
-        network.trace(traced)
-        tell(1)
-        optimise(traced, finished / MODEL)
-        tell(2)
-        parity = check_parity(
-            part.name, network.module, finished / MODEL, network.samples, part.metric, part.gate
-        )
-    return writer.add(
-        part.name,
-        finished,
-        opset=opset_of(finished / MODEL),
-        precision=precision,
-        inputs=network.inputs,
-        outputs=network.outputs,
-        parity=parity,
-        source=part.source,
-    )
+class _Export:
+    """One export; `original` is the pipeline's folder before LoRAs were merged.
 
+    Where a precision is lowered, the same component is made in 32-bit floats too, to measure the
+    loss, and dropped in the end.
+    """
 
-@contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Turn whatever loading or tracing raises into one sentence that says which part failed."""
-    try:
-        yield
-    except ExportError:
-        raise
-    except Exception as err:  # torch, optimum, transformers and onnxruntime share no base class
-        if isinstance(err, OSError) and err.errno in NO_ROOM:
-            raise
-        line = str(err).strip().partition("\n")[0]
-        raise ExportError(
-            f"the {what} could not be exported ({type(err).__name__}: {line}); fetch or train it "
-            "again, or see the whole error with --debug"
-        ) from err
+    def __init__(
+        self,
+        job: Job,
+        original: Path,
+        on_stage: Callable[[Stage], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._job, self._on_stage, self._clock = job, on_stage, clock
+        with naming(ROUTER_TEXT):
+            source = job.text_encoder or original
+            router_text = text.open_text(source)
+            _check_router(job, source, router_text)
+            self._texts = text.read_texts(job.pipeline.folder, job.pipeline.family, router_text)
+        self._parts = parts_of(job.pipeline, job.router, self._texts, job.recognizer, job.gates)
+        names = [part.name for part in self._parts]
+        self._precisions = job.precision.of(names, job.pipeline.family.denoiser)
+        self._lowered = [name for name in names if self._precisions[name] != FP32]
+        captions = sample_prompts(PROMPTS, PROMPTS_SEED)
+        self._prompts = list(job.prompts) or [caption.text for caption in captions]
+        self._writer = BundleWriter(job.out, fresh=job.fresh)
+
+    def run(self, created_at: datetime) -> tuple[Path, list[Row]]:
+        """Write the bundle and return its folder and a row for each component."""
+        job, writer = self._job, self._writer
+        content = manifest(job.pipeline, job.router, self._texts, writer, created_at)
+        if job.recognizer:
+            content["recognizer"] = job.recognizer.manifest()
+        source = self._source_of_losses(content)
+        losses = writer.losses(source) if self._lowered else None
+        also: Sequence[str] = PRECISIONS if job.sensitivity else ()
+        if self._lowered and losses is None:
+            also = also or (FP32,)
+        made, rows = self._make_all(also)
+        reports = []
+        if also:
+            exam = self._exam(made, content)
+            if self._lowered:
+                losses = exam.losses({row.component.name: row.component for row in rows})
+            if job.sensitivity:
+                trials = try_all(made, exam)
+                told = report(trials, self._prompts, job.pictures, content["created_at"])
+                reports.append(SENSITIVITY)
+                writer.add_file(SENSITIVITY, dump(told))
+        if losses:
+            losses = judged(losses, self._precisions, accept=job.accept_loss)
+            content["loss"] = {
+                **asdict(losses.together),
+                "source": source,
+                "prompts": len(self._prompts),
+                "pictures": job.pictures,
+            }
+            rows = [
+                replace(row, component=replace(row.component, loss=losses.each.get(name)))
+                for name, row in zip(made, rows, strict=True)
+            ]
+        return writer.finish([row.component for row in rows], content, reports), rows
+
+    def _make_all(self, also: Sequence[str]) -> tuple[dict[str, Made], list[Row]]:
+        """Make what is shipped, and of the same parts other precisions too."""
+        made, rows = {}, []
+        for i, part in enumerate(self._parts):
+            start, precision = self._clock(), self._precisions[part.name]
+            others = also if self._job.sensitivity or precision != FP32 else ()
+            products = {precision: part.name}
+            products |= {p: f"{part.name}.{p}" for p in others if p != precision}
+
+            def tell(stage: str, name: str = part.name, before: int = i * len(STAGES)) -> None:
+                self._tell(name, stage, before + STAGES.index(stage))
+
+            each = make(part, products, self._writer, tell, timed=self._job.sensitivity)
+            if precision in each.unsuited:
+                raise unsuited(part.name, precision, each.unsuited[precision])
+            component = each.components[precision]
+            if component.loss:
+                judge(part.name, precision, component.loss, accept=self._job.accept_loss)
+            made[part.name] = each
+            rows.append(Row(component, self._clock() - start, each.kept))
+        return made, rows
+
+    def _exam(self, made: Mapping[str, Made], content: Mapping[str, Any]) -> Exam:
+        reference = {
+            name: each.components.get(FP32) or each.components[self._precisions[name]]
+            for name, each in made.items()
+        }
+        bundle = self._writer.preview(reference, content)
+
+        def tell(names: Sequence[str], index: int) -> None:
+            self._tell(", ".join(names), "measure", len(self._parts) * len(STAGES) + index)
+
+        return Exam(bundle, self._prompts, self._job.pictures, tell)
+
+    def _tell(self, component: str, stage: str, index: int) -> None:
+        measuring = len(self._parts) * len(PRECISIONS) if self._job.sensitivity else 0
+        measuring = max(measuring, len(self._lowered) + (len(self._lowered) > 1))
+        total = len(self._parts) * len(STAGES) + measuring
+        self._on_stage(Stage(component, stage, index, total))
+
+    def _source_of_losses(self, content: Mapping[str, Any]) -> str:
+        """Return a digest of all that losses depend on."""
+        components = [part.source(self._precisions[part.name]) for part in self._parts]
+        drawn = [content["diffusion"], content["router"], self._prompts, self._job.pictures]
+        return hashlib.sha256(json.dumps([components, drawn]).encode()).hexdigest()
 
 
 def _check_router(job: Job, source: str | Path, encoder: TextEncoder) -> None:
@@ -217,61 +238,3 @@ def _check_router(job: Job, source: str | Path, encoder: TextEncoder) -> None:
             f"the router in '{job.router.folder}' was trained on another text encoder than "
             f"'{source}' has; pass --text-encoder and --router of one training"
         )
-
-
-def _plan(job: Job, texts: Texts) -> list[_Part]:
-    pipeline, family, size = job.pipeline, job.pipeline.family, job.pipeline.latent_size
-    context_length = texts.router.context_length
-
-    def part(
-        name: str,
-        metric: str,
-        sources: Sequence[Path],
-        load: Callable[[], Network],
-        *shape: object,
-    ) -> _Part:
-        gate = job.gates.get(name, GATES[metric])
-        settings = [REVISION, str(torch.__version__), onnxruntime.__version__, job.precision, gate]
-        seal = json.dumps([digest_of(*sources), shape, *settings])
-        return _Part(name, metric, gate, hashlib.sha256(seal.encode()).hexdigest(), load)
-
-    def denoiser() -> Network:
-        kind = getattr(diffusers, family.denoiser_class)
-        model = kind.from_pretrained(pipeline.folder / family.denoiser, torch_dtype=torch.float32)
-        module = denoisers.WRAPPERS[family.denoiser_class](model, texts.width)
-        return denoisers.denoiser(module, size, texts.context_length, step=pipeline.latent_step)
-
-    def vae_decoder() -> Network:
-        kind = getattr(diffusers, pipeline.vae["_class_name"])
-        vae = kind.from_pretrained(pipeline.vae_folder, torch_dtype=torch.float32)
-        return components.vae_decoder(vae, size)
-
-    def predictor() -> Network:
-        model = predictors.load(job.router.folder)
-        return components.predictor(model, context_length)
-
-    return [
-        *(
-            part(
-                name,
-                "cosine",
-                each.files,
-                partial(components.text_encoder, each.tower, each.context_length),
-                (each.name, each.context_length, each.tower.outputs),
-            )
-            for name, each in texts.encoders.items()
-        ),
-        part("predictor", "psnr_db", job.router.network_files, predictor, context_length),
-        part(
-            family.denoiser,
-            "psnr_db",
-            (pipeline.folder / family.denoiser,),
-            denoiser,
-            (texts.context_length, texts.width, size),
-        ),
-        part("vae_decoder", "psnr_db", (pipeline.vae_folder,), vae_decoder, size),
-        *(
-            part(name, "psnr_db", files, load)
-            for name, files, load in (job.recognizer.parts if job.recognizer else ())
-        ),
-    ]

@@ -7,16 +7,23 @@ from, and renamed at the end; until then an earlier bundle stays as it is.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from edge_agent.bundle import MANIFEST, Component, FileRecord, Parity, open_bundle
+from edge_agent.bundle import (
+    MANIFEST,
+    Bundle,
+    Component,
+    FileRecord,
+    Loss,
+    Parity,
+    open_bundle,
+)
 from export.errors import ExportError
-from export.files import file_sha256
+from export.files import file_sha256, link
 
 DONE = "components.json"  # in the partial folder: which components are finished
 MODEL = "model.onnx"
@@ -32,7 +39,16 @@ def tokenizer_file(component: str) -> str:
     return component.replace(ROUTER_TEXT, "tokenizer") + ".json"
 
 
-OURS = {MANIFEST, DONE, *COMPONENTS, *map(tokenizer_file, TEXT_ENCODERS)}
+SENSITIVITY = "sensitivity.json"  # what `--sensitivity` found, for whoever chooses
+OURS = {MANIFEST, DONE, SENSITIVITY, *COMPONENTS, *map(tokenizer_file, TEXT_ENCODERS)}
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The loss of each lowered component alone, and of all of them together."""
+
+    each: Mapping[str, Loss]
+    together: Loss
 
 
 class BundleWriter:
@@ -67,7 +83,7 @@ class BundleWriter:
         if folder != self.partial:
             shutil.rmtree(self.partial / name, ignore_errors=True)
             for relative in component.files:
-                _link(folder / relative, self.partial / relative)
+                link(folder / relative, self.partial / relative)
             self._record(component)
         return component
 
@@ -89,12 +105,13 @@ class BundleWriter:
         outputs: Sequence[str],
         parity: Parity,
         source: str,
+        optimized: bool,
+        loss: Loss | None,
     ) -> Component:
-        """Make the folder `finished`, inside the workspace, component `name`, and record it."""
+        """Make the folder `finished`, inside a workspace, component `name`, and record it."""
         target = self.partial / name
         shutil.rmtree(target, ignore_errors=True)
         finished.rename(target)
-        shutil.rmtree(self.partial / f"{name}.work")
         files = {f"{name}/{file.name}": _record_of(file) for file in sorted(target.iterdir())}
         component = Component(
             name=name,
@@ -106,27 +123,58 @@ class BundleWriter:
             outputs=tuple(outputs),
             parity=parity,
             source=source,
-            optimized=True,
+            optimized=optimized,
+            loss=loss,
         )
         self._record(component)
         return component
+
+    def discard(self, workspace: Path) -> None:
+        """Remove a workspace and what is left in it."""
+        shutil.rmtree(workspace)
 
     def add_file(self, name: str, text: str) -> FileRecord:
         """Write a small text file of the bundle and return its record."""
         _write(self.partial / name, text)
         return _record_of(self.partial / name)
 
-    def finish(self, components: Sequence[Component], manifest: Mapping[str, Any]) -> Path:
-        """Write the manifest last, open the result as the device does, and put it in place."""
+    def losses(self, source: str) -> Losses | None:
+        """Return what an earlier export measured of the same source."""
+        try:
+            content = json.loads((self.out / MANIFEST).read_text(encoding="utf-8"))
+            if content["loss"]["source"] != source:
+                return None
+            each = {name: entry.get("loss") for name, entry in content["components"].items()}
+            return Losses(
+                {name: _loss_of(loss) for name, loss in each.items() if loss},
+                _loss_of(content["loss"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def preview(self, components: Mapping[str, Component], manifest: Mapping[str, Any]) -> Bundle:
+        """Open the unfinished bundle as if these components were all of it."""
+        self._write_manifest(components, manifest)
+        return open_bundle(self.partial, verify=False)
+
+    def finish(
+        self,
+        components: Sequence[Component],
+        manifest: Mapping[str, Any],
+        reports: Sequence[str] = (),
+    ) -> Path:
+        """Write the manifest last, open the result as the device does, and put it in place.
+
+        `reports` are files of `add_file` that the manifest does not name.
+        """
         tokenizers = {entry["file"] for entry in manifest["tokenizers"].values()}
-        wanted = {component.name for component in components} | tokenizers | {DONE}
+        wanted = {component.name for component in components} | tokenizers | {DONE, *reports}
         for stray in self.partial.iterdir():
             if stray.is_dir() and stray.name not in wanted:
                 shutil.rmtree(stray)
             elif stray.name not in wanted:
                 stray.unlink()
-        written = {component.name: _to_json(component) for component in components}
-        _write(self.partial / MANIFEST, _dump({**manifest, "components": written}))
+        self._write_manifest({component.name: component for component in components}, manifest)
         open_bundle(self.partial)
         if self.out.exists():
             shutil.rmtree(self._old, ignore_errors=True)
@@ -136,9 +184,15 @@ class BundleWriter:
         shutil.rmtree(self._old, ignore_errors=True)
         return self.out
 
+    def _write_manifest(
+        self, components: Mapping[str, Component], manifest: Mapping[str, Any]
+    ) -> None:
+        written = {name: _to_json(component) for name, component in components.items()}
+        _write(self.partial / MANIFEST, dump({**manifest, "components": written}))
+
     def _record(self, component: Component) -> None:
         self._done[component.name] = component
-        _write(self.partial / DONE, _dump({name: _to_json(c) for name, c in self._done.items()}))
+        _write(self.partial / DONE, dump({name: _to_json(c) for name, c in self._done.items()}))
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -165,6 +219,8 @@ def _read_components(file: Path, key: str | None) -> dict[str, Component]:
 def _to_json(component: Component) -> dict[str, Any]:
     entry = asdict(component)
     del entry["name"]
+    if component.loss is None:
+        del entry["loss"]
     return entry
 
 
@@ -174,8 +230,13 @@ def _from_json(name: str, entry: Mapping[str, Any]) -> Component:
         "inputs": tuple(entry["inputs"]),
         "outputs": tuple(entry["outputs"]),
         "parity": Parity(**entry["parity"]),
+        "loss": _loss_of(entry["loss"]) if entry.get("loss") else None,
     }
     return Component(name=name, **{**entry, **known})
+
+
+def _loss_of(entry: Mapping[str, Any]) -> Loss:
+    return Loss(**{field.name: entry[field.name] for field in fields(Loss)})
 
 
 def _is_intact(folder: Path, component: Component) -> bool:
@@ -189,15 +250,8 @@ def _record_of(file: Path) -> FileRecord:
     return FileRecord(file_sha256(file), file.stat().st_size)
 
 
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
-
-
-def _dump(content: Mapping[str, Any]) -> str:
+def dump(content: Mapping[str, Any]) -> str:
+    """Return JSON as bundles have it."""
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -13,9 +13,10 @@ import click
 from tqdm import tqdm
 
 from cloud_server.starter import starter_folder
-from edge_agent.bundle import default_path
+from edge_agent.bundle import default_path, open_bundle
 from edge_agent.prompt import MAX_STEPS
 from export.errors import ExportError
+from export.precision import Precisions
 from export.quiet import quiet
 from export.sources import (
     Pipeline,
@@ -25,11 +26,27 @@ from export.sources import (
     open_router,
     with_vae,
 )
+from export.table import aligned
 
 if TYPE_CHECKING:
     from export.build import Row, Stage
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+class Precision(click.ParamType):
+    """`int8`, or `text_encoder=int8,denoiser=fp16`."""
+
+    name = "precision"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Precisions:
+        """Read it, or say what it may be."""
+        try:
+            return Precisions.parse(value)
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
 
 
 @click.command("export", context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,7 +72,32 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--recognizer", type=FOLDER, help="Folder of a recogniser that train-recognizer wrote."
 )
-@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
+@click.option(
+    "--precision",
+    type=Precision(),
+    metavar="NAME|COMPONENT=NAME,...",
+    default="fp32",
+    show_default=True,
+    help="fp32, fp16 (GPUs), int8 or int4: of text encoders and denoiser, or by component.",
+)
+@click.option("--accept-loss", is_flag=True, help="Write the bundle whatever the precision costs.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Prompts to measure loss on, one a line; default: 200 of the starter's world.",
+)
+@click.option(
+    "--pictures",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Pictures to measure loss on, drawn at every precision.",
+)
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Also try every component at every precision; table, and sensitivity.json in the bundle.",
+)
 @click.option(
     "-o",
     "--output",
@@ -76,7 +118,11 @@ def main(
     steps: int | None,
     guidance: float | None,
     recognizer: Path | None,
-    precision: str,
+    precision: Precisions,
+    accept_loss: bool,
+    prompts: Path | None,
+    pictures: int,
+    sensitivity: bool,
     output: Path | None,
     force: bool,
     silent: bool,
@@ -100,6 +146,10 @@ def main(
             text_encoder=text_encoder,
             loras=[open_lora(each) for each in loras],
             precision=precision,
+            accept_loss=accept_loss,
+            prompts=_read_prompts(prompts) if prompts else (),
+            pictures=pictures,
+            sensitivity=sensitivity,
             fresh=force,
         )
     except Exception as err:
@@ -121,6 +171,13 @@ def main(
         sys.exit(130)
     if not silent:
         click.echo(table(rows), err=True)
+        if sum(row.component.loss is not None for row in rows) > 1:
+            loss = open_bundle(path, verify=False).loss
+            click.echo(f"together lower precision costs {loss}", err=True)
+        if sensitivity:
+            from export.sensitivity import read_trials, trial_table
+
+            click.echo("\n" + trial_table(read_trials(path)), err=True)
     click.echo(path)
 
 
@@ -159,6 +216,21 @@ def _export(silent: bool, recognizer: Path | None, **job: Any) -> tuple[Path, Se
             return export_bundle(Job(recognizer=known, **job), show)
 
 
+def _read_prompts(file: Path) -> list[str]:
+    from cloud_server.errors import DataError
+    from cloud_server.training.labels.prompts import read_prompts
+    from edge_agent.errors import ConfigError
+    from edge_agent.prompt import check_prompt
+
+    try:
+        prompts = read_prompts(file)
+        for prompt in prompts:
+            check_prompt(prompt)
+    except (DataError, ConfigError) as err:
+        raise ExportError(str(err)) from err
+    return prompts
+
+
 def _starter() -> Path:
     try:
         return starter_folder()
@@ -167,8 +239,8 @@ def _starter() -> Path:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the closing table: component, file, MB, parity with torch, seconds."""
-    lines = [("component", "file", "MB", "parity", "seconds")]
+    """Return the closing table: component, precision, MB, parity with torch, loss, seconds."""
+    lines = [("component", "precision", "MB", "parity", "loss", "seconds")]
     for row in rows:
         part = row.component
         parity = (
@@ -177,13 +249,6 @@ def table(rows: Sequence[Row]) -> str:
             else f"{part.parity.metric} {part.parity.value:.6f}"
         )
         seconds = "kept" if row.kept else f"{row.seconds:.1f}"
-        lines.append((part.name, part.file, f"{part.size_bytes / 1e6:.1f}", parity, seconds))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    aligned = (
-        "  ".join(
-            cell.rjust(width) if i in (2, 4) else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-    return "\n".join(line.rstrip() for line in aligned)
+        size = f"{part.size_bytes / 1e6:.1f}"
+        lines.append((part.name, part.precision, size, parity, str(part.loss or "-"), seconds))
+    return aligned(lines, right={2, 5})

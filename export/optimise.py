@@ -12,18 +12,19 @@ import onnx
 import onnxruntime as ort
 
 # Extended and not all: the layouts of the last level depend on this machine's vector width.
-LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+EXTENDED = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+BASIC = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # the same for all providers
 MIN_EXTERNAL_BYTES = 1024
 # OpenVINO reads every activation fused into a Gemm as a ReLU.
 NOT_FOR_ALL = ["GemmActivationFusion"]
 
 
-def optimise(traced: Path, optimised: Path) -> None:
+def optimise(traced: Path, optimised: Path, level: ort.GraphOptimizationLevel = EXTENDED) -> None:
     """Write the optimised model of `traced` to `optimised`, weights to `<optimised>.data`."""
     optimised.parent.mkdir(parents=True, exist_ok=True)
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.graph_optimization_level = LEVEL
+    options.graph_optimization_level = level
     options.optimized_model_filepath = str(optimised)
     for key, value in {
         "session.optimized_model_external_initializers_file_name": optimised.name + ".data",

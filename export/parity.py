@@ -41,6 +41,14 @@ def psnr_db(want: Array, got: Array) -> float:
 MEASURES: dict[str, Callable[[Array, Array], float]] = {"cosine": cosine, "psnr_db": psnr_db}
 
 
+def open_plainly(onnx: Path) -> ort.InferenceSession:
+    """Open a finished model on the processor, as it is."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    return ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+
+
 def check_parity(
     component: str,
     model: nn.Module,
@@ -53,10 +61,7 @@ def check_parity(
 
     Raises ExportError, naming component, value and gate, below the gate.
     """
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    session = ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    session = open_plainly(onnx)
     names = [given.name for given in session.get_inputs()]
     worst = math.inf
     for sample in samples:

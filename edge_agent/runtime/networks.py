@@ -17,6 +17,7 @@ import numpy as np
 
 from edge_agent.bundle import Bundle, Component
 from edge_agent.errors import AgentError, Cancelled
+from edge_agent.precision import check_precision
 from edge_agent.runtime import providers
 from edge_agent.runtime.checked import Checked
 from edge_agent.runtime.network import Backend, Engine, Shapes
@@ -123,6 +124,7 @@ class Networks:
             if name not in self._known:
                 part = self.bundle.component(name)
                 choice = self.plan.choose(part, precise=precise)
+                check_precision(part, choice.provider)
                 self._known[name] = LazyNetwork(self, part, choice, static, precise)
             return self._known[name]
 

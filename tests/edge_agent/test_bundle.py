@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.bundle import open_bundle
+from edge_agent.bundle import Loss, open_bundle
 from edge_agent.errors import BundleError
 
 Rewrite = Callable[[Path, Callable[[dict[str, Any]], None]], None]
@@ -159,3 +159,23 @@ def test_a_damaged_cache_only_costs_time(tiny_bundle: Path, tmp_path: Path, cont
 def test_a_cache_that_cannot_be_written_does_not_stop_us(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert open_bundle(tiny_bundle, cache_path=tmp_path / "file" / "verified.json").format == 2
+
+
+def lose(content: dict[str, Any], **changes: Any) -> None:
+    loss = {"psnr_db": 38.0, "picture_psnr_db": 33, "flips": None, "accepted": True}
+    content["components"]["unet"]["loss"] = loss | changes
+
+
+def test_what_a_precision_cost_is_read(tiny_bundle: Path, rewrite: Rewrite) -> None:
+    assert open_bundle(tiny_bundle).components["unet"].loss is None
+    rewrite(tiny_bundle, lose)
+    bundle = open_bundle(tiny_bundle)
+    assert bundle.components["unet"].loss == Loss(38.0, 33.0, None, True)
+    assert str(bundle.components["unet"].loss) == "outputs 38.0 dB, pictures 33.0 dB (accepted)"
+    assert bundle.loss is None
+
+
+def test_a_loss_that_is_no_number_is_named(tiny_bundle: Path, rewrite: Rewrite) -> None:
+    rewrite(tiny_bundle, lambda content: lose(content, psnr_db="much"))
+    with pytest.raises(BundleError, match=r"'components\.unet\.loss\.psnr_db' \(expected float\)"):
+        open_bundle(tiny_bundle)

@@ -26,7 +26,7 @@ def test_stdout_is_the_folder_and_stderr_the_table(copied):
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{copied.out}\n"
     heading, *lines = result.stderr.splitlines()
-    assert heading.split() == ["component", "file", "MB", "parity", "seconds"]
+    assert heading.split() == ["component", "precision", "MB", "parity", "loss", "seconds"]
     assert [line.split()[0] for line in lines] == [
         "text_encoder", "predictor", "unet", "vae_decoder"
     ]  # fmt: skip
@@ -38,13 +38,6 @@ def test_quiet_prints_the_folder_alone(copied, monkeypatch):
     made_from = ("--edge-model", copied.pipeline.folder, "--router", copied.router.folder)
     result = call(*made_from, "--quiet")
     assert (result.exit_code, result.output) == (0, f"{copied.out}\n")
-
-
-@pytest.mark.parametrize("precision", ["fp16", "int8", "nonsense"])
-def test_an_unknown_precision_is_a_usage_error(precision):
-    result = call("--precision", precision)
-    assert result.exit_code == 2
-    assert f"'{precision}' is not 'fp32'" in result.stderr
 
 
 @pytest.fixture

@@ -1,0 +1,111 @@
+"""The networks of a bundle, in order: what each is made of, and how its torch module is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import onnxruntime
+import torch
+
+from cloud_server.torchvision_guard import guard
+from cloud_server.training import predictor as predictors
+from export import components, denoisers
+from export.files import digest_of
+from export.network import Network
+from export.parity import GATES
+from export.recognizer import RecognizerSource
+from export.sources import Pipeline, RouterFolder
+from export.text import Texts
+
+guard()
+import diffusers  # noqa: E402  the guard must come first
+
+REVISION = 4  # raise when components come out differently, so that none older is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A network to export: `metric` and `gate` of its parity, and what it is made of.
+
+    `made_of` tells it from every other network; equal ones need not be made again.
+    """
+
+    name: str
+    metric: str
+    gate: float
+    made_of: tuple[object, ...]
+    load: Callable[[], Network]
+
+    def source(self, precision: str) -> str:
+        """Return a digest of all that a component made of this depends on."""
+        versions = str(torch.__version__), onnxruntime.__version__
+        seal = json.dumps([*self.made_of, REVISION, *versions, precision, self.gate])
+        return hashlib.sha256(seal.encode()).hexdigest()
+
+
+def parts_of(
+    pipeline: Pipeline,
+    router: RouterFolder,
+    texts: Texts,
+    recognizer: RecognizerSource | None,
+    gates: Mapping[str, float],
+) -> list[Part]:
+    """Return all parts of a bundle; `gates` overrides those of parity by component."""
+    family, size = pipeline.family, pipeline.latent_size
+    context_length = texts.router.context_length
+
+    def part(
+        name: str,
+        metric: str,
+        sources: Sequence[Path],
+        load: Callable[[], Network],
+        *shape: object,
+    ) -> Part:
+        gate = gates.get(name, GATES[metric])
+        return Part(name, metric, gate, (digest_of(*sources), shape), load)
+
+    def denoiser() -> Network:
+        kind = getattr(diffusers, family.denoiser_class)
+        model = kind.from_pretrained(pipeline.folder / family.denoiser, torch_dtype=torch.float32)
+        module = denoisers.WRAPPERS[family.denoiser_class](model, texts.width)
+        return denoisers.denoiser(module, size, texts.context_length, step=pipeline.latent_step)
+
+    def vae_decoder() -> Network:
+        kind = getattr(diffusers, pipeline.vae["_class_name"])
+        vae = kind.from_pretrained(pipeline.vae_folder, torch_dtype=torch.float32)
+        return components.vae_decoder(vae, size)
+
+    def predictor() -> Network:
+        model = predictors.load(router.folder)
+        return components.predictor(model, context_length)
+
+    return [
+        *(
+            part(
+                name,
+                "cosine",
+                each.files,
+                partial(components.text_encoder, each.tower, each.context_length),
+                (each.name, each.context_length, each.tower.outputs),
+            )
+            for name, each in texts.encoders.items()
+        ),
+        part("predictor", "psnr_db", router.network_files, predictor, context_length),
+        part(
+            family.denoiser,
+            "psnr_db",
+            (pipeline.folder / family.denoiser,),
+            denoiser,
+            (texts.context_length, texts.width, size),
+        ),
+        part("vae_decoder", "psnr_db", (pipeline.vae_folder,), vae_decoder, size),
+        *(
+            part(name, "psnr_db", files, load)
+            for name, files, load in (recognizer.parts if recognizer else ())
+        ),
+    ]

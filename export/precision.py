@@ -1,0 +1,63 @@
+"""Which component is written in which precision, as `--precision` says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from export.bundle_writer import TEXT_ENCODERS
+from export.errors import ExportError
+
+FP32, FP16, INT8, INT4 = "fp32", "fp16", "int8", "int4"
+PRECISIONS = (FP32, FP16, INT8, INT4)
+DENOISER = "denoiser"  # in `--precision`: whichever the family has
+
+
+@dataclass(frozen=True, slots=True)
+class Precisions:
+    """One precision for what holds most weights and bears it, and others by component.
+
+    That are the text encoders and the denoiser. Decoders overflow in fp16 in some families and
+    hold convolutions, which are not quantised; the rest is small: those are lowered by name alone.
+    """
+
+    usual: str = FP32
+    named: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Precisions:
+        """Read `int8`, `unet=fp16,text_encoder=int8`, or both kinds; raises ValueError."""
+        usual: str | None = None
+        named: dict[str, str] = {}
+        for each in text.split(","):
+            component, equals, precision = (word.strip() for word in each.rpartition("="))
+            if precision not in PRECISIONS:
+                raise ValueError(f"'{precision}' is none of {', '.join(PRECISIONS)}")
+            if (component in named) if equals else (usual is not None):
+                raise ValueError(f"'{text}' names {component or 'the usual precision'} twice")
+            if equals:
+                named[component] = precision
+            else:
+                usual = precision
+        return cls(usual or FP32, named)
+
+    def of(self, components: Collection[str], denoiser: str) -> dict[str, str]:
+        """Return the precision of each component; raises ExportError for one that is not there."""
+        named = {denoiser if name == DENOISER else name: p for name, p in self.named.items()}
+        unknown = sorted(named.keys() - set(components))
+        if unknown:
+            raise ExportError(
+                f"--precision names '{unknown[0]}', which this bundle will not have; "
+                f"its components are {', '.join(components)}"
+            )
+        suited = {*TEXT_ENCODERS, denoiser}
+        usual = {name: self.usual if name in suited else FP32 for name in components}
+        return usual | named
+
+
+def unsuited(component: str, precision: str, why: str) -> ExportError:
+    """Return the error for a component that cannot have the precision which was asked for."""
+    return ExportError(
+        f"the {component} cannot be written in {precision}: {why}; "
+        f"leave it as it is, with --precision {component}={FP32}"
+    )
