@@ -358,14 +358,19 @@ class EdgeAgent:
         with self._lock:
             if self._drawing is None:
                 spec, shared = self.bundle.diffusion, self.bundle.router.text_encoder
+                decoder = self._open_session("vae_decoder")
+                preview = decoder
+                if spec.preview and spec.preview.decoder != "vae_decoder":
+                    preview = self._open_session(spec.preview.decoder)
                 self._drawing = EdgeGenerator(
                     spec,
                     denoiser=self._open_session(spec.denoiser),
-                    vae_decoder=self._open_session("vae_decoder"),
+                    vae_decoder=decoder,
                     text_encoders={
                         name: text_encoder if name == shared else self._open_text_encoder(name)
                         for name in spec.text_encoders
                     },
+                    preview_decoder=preview,
                     clock=self._clock,
                 )
             return self._drawing

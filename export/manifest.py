@@ -55,6 +55,7 @@ def manifest(
             "shift_factor": pipeline.shift_factor,
             **asdict(pipeline.drawing()),
             "max_size": pipeline.max_size,
+            "preview": _preview(pipeline),
         },
         "router": {**spec, "text_encoder": ROUTER_TEXT, "predictor": "predictor"},
     }
@@ -89,6 +90,14 @@ def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
     # A limit at infinity is none, and JSON has no infinity.
     finite = {k: v for k, v in settings.items() if v not in (math.inf, -math.inf)}
     return finite | {BY_DEFAULT: sorted(by_default)}
+
+
+def _preview(pipeline: Pipeline) -> dict[str, Any] | None:
+    """Say that pictures can be shown on the way, where the decoder is small enough for that."""
+    if pipeline.vae["_class_name"] != "AutoencoderTiny":
+        return None
+    scale = {"scaling_factor": pipeline.scaling_factor, "shift_factor": pipeline.shift_factor}
+    return {"decoder": "vae_decoder", **scale}
 
 
 def _version() -> str:
