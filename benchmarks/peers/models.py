@@ -140,8 +140,8 @@ def make_pipeline(model: Model, folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
-    drawing = {"width": model.side, "height": model.side}
-    drawing |= {"steps": model.steps, "guidance": model.guidance}
+    size = {"width": model.side, "height": model.side}
+    drawing = size | {"steps": model.steps, "guidance": model.guidance}
     (folder / "defaults.json").write_text(json.dumps(drawing), encoding="utf-8")
 
 

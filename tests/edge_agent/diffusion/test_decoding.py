@@ -78,7 +78,7 @@ def test_only_pictures_over_the_limit_are_tiled_unasked() -> None:
 
 @pytest.mark.parametrize(
     ("name", "tile", "least_db"),
-    [("starter", 16, 36.0), ("starter", 32, 45.0), ("AutoencoderKL", 32, 30.0)],
+    [("starter", 16, 44.0), ("starter", 32, 52.0), ("AutoencoderKL", 32, 30.0)],
 )
 def test_tiles_of_real_decoders_come_near_the_whole_and_show_no_seam(
     name: str, tile: int, least_db: float
@@ -86,15 +86,28 @@ def test_tiles_of_real_decoders_come_near_the_whole_and_show_no_seam(
     """The worst step in the error is not where tiles meet: the eye sees steps, not slopes."""
     if name == "starter":
         vae = families.diffusers.AutoencoderTiny.from_pretrained(STARTER).eval()
+        with torch.inference_mode():
+            latents = np.asarray(vae.encode(discs(48 * SCALE, 41 * SCALE)).latents)
     else:
         vae = families.kl_vae().eval()
+        latents = noise(48, 41)
     run = in_torch(vae)
-    latents = noise(48, 41, int(vae.config.latent_channels))
     whole = decode(run, latents)
     tiled = decode(run, latents, tile)
     assert psnr_db(tiled, whole) > least_db
     at_seams, elsewhere = steps_of_error(run, latents, tile)
     assert at_seams < elsewhere
+
+
+def discs(height: int, width: int) -> torch.Tensor:
+    """Return a picture (1, 3, h, w) of slopes and hard edges, from -1 to 1."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    picture = np.stack([x / width, y / height, 0.5 + 0.5 * np.sin(x / 9) * np.cos(y / 13)])
+    for _ in range(12):
+        row, column, radius = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(8, 40)
+        picture[:, (y - row) ** 2 + (x - column) ** 2 < radius**2] = rng.uniform(0, 1, (3, 1))
+    return torch.from_numpy(2 * picture[None] - 1)
 
 
 def steps_of_error(run: Run, latents: np.ndarray, tile: int) -> tuple[float, float]:
