@@ -23,7 +23,7 @@ from cloud_server.training.encoders import TextEncoder
 from edge_agent.bundle import Component
 from edge_agent.errors import BundleError
 from export import components, denoisers, text
-from export.bundle_writer import MODEL, ROUTER_TEXT, BundleWriter
+from export.bundle_writer import MODEL, PREVIEW_DECODER, ROUTER_TEXT, BundleWriter
 from export.errors import ExportError
 from export.files import digest_of
 from export.manifest import manifest
@@ -241,10 +241,15 @@ def _plan(job: Job, texts: Texts) -> list[_Part]:
         module = denoisers.WRAPPERS[family.denoiser_class](model, texts.width)
         return denoisers.denoiser(module, size, texts.context_length, step=pipeline.latent_step)
 
-    def vae_decoder() -> Network:
-        kind = getattr(diffusers, pipeline.vae["_class_name"])
-        vae = kind.from_pretrained(pipeline.vae_folder, torch_dtype=torch.float32)
+    def vae_decoder(drawn: Pipeline) -> Network:
+        kind = getattr(diffusers, drawn.vae["_class_name"])
+        vae = kind.from_pretrained(drawn.vae_folder, torch_dtype=torch.float32)
         return components.vae_decoder(vae, size)
+
+    preview = pipeline.preview
+    decoders = {"vae_decoder": pipeline}
+    if preview is not None and preview is not pipeline:
+        decoders[PREVIEW_DECODER] = preview
 
     def predictor() -> Network:
         model = predictors.load(job.router.folder)
@@ -269,7 +274,10 @@ def _plan(job: Job, texts: Texts) -> list[_Part]:
             denoiser,
             (texts.context_length, texts.width, size),
         ),
-        part("vae_decoder", "psnr_db", (pipeline.vae_folder,), vae_decoder, size),
+        *(
+            part(name, "psnr_db", (drawn.vae_folder,), partial(vae_decoder, drawn), size)
+            for name, drawn in decoders.items()
+        ),
         *(
             part(name, "psnr_db", files, load)
             for name, files, load in (job.recognizer.parts if job.recognizer else ())

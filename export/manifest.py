@@ -13,7 +13,7 @@ from cloud_server.torchvision_guard import guard
 from cloud_server.training.encoders import TextEncoder
 from edge_agent.bundle import FORMAT
 from edge_agent.diffusion.samplers import BY_DEFAULT
-from export.bundle_writer import ROUTER_TEXT, BundleWriter, tokenizer_file
+from export.bundle_writer import PREVIEW_DECODER, ROUTER_TEXT, BundleWriter, tokenizer_file
 from export.files import digest_of
 from export.sources import Pipeline, RouterFolder
 from export.text import Texts
@@ -93,11 +93,13 @@ def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _preview(pipeline: Pipeline) -> dict[str, Any] | None:
-    """Say that pictures can be shown on the way, where the decoder is small enough for that."""
-    if pipeline.vae["_class_name"] != "AutoencoderTiny":
-        return None
-    scale = {"scaling_factor": pipeline.scaling_factor, "shift_factor": pipeline.shift_factor}
-    return {"decoder": "vae_decoder", **scale}
+    """Say with what pictures can be shown on the way, if a decoder is small enough for that."""
+    preview = pipeline.preview
+    return preview and {
+        "decoder": "vae_decoder" if preview is pipeline else PREVIEW_DECODER,
+        "scaling_factor": preview.scaling_factor,
+        "shift_factor": preview.shift_factor,
+    }
 
 
 def _version() -> str:

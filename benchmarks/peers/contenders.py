@@ -113,9 +113,10 @@ def _pipeline(task: Task, pipeline: Any, tensor: Callable[[np.ndarray], Any]) ->
 def openvino(task: Task) -> Draw:
     """OpenVINO itself, as FastSD CPU uses it: static shapes, its own choice of precision."""
     import openvino as ov
-    from tokenizers import Tokenizer
 
+    from edge_agent.bundle import open_bundle
     from edge_agent.diffusion.samplers import make_sampler
+    from edge_agent.routing.encoder import Tokenizer
 
     core = ov.Core()
     guided = task.defaults["guidance"] > 1
@@ -136,21 +137,17 @@ def openvino(task: Task) -> Draw:
         return lambda feeds: np.array(request.infer(dict(feeds))[0])
 
     text_encoder, unet, vae_decoder = map(compiled, shapes)
-    (file,) = (task.home / "bundle").glob("**/tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(file))
-    pad = json.loads((task.home / "model" / "tokenizer" / "tokenizer_config.json").read_text())
-    pad_id = tokenizer.token_to_id(pad["pad_token"])
+    bundle = open_bundle(task.home / "bundle", verify=False)
+    files = bundle.tokenizers[bundle.diffusion.text_encoders[0]]
+    tokenizer = Tokenizer(bundle.path / files.file, files.context_length, files.pad_id)
     scheduler = json.loads(
         (task.home / "model" / "scheduler" / "scheduler_config.json").read_text()
     )
 
-    def ids(prompt: str) -> list[int]:
-        known = tokenizer.encode(prompt).ids[:tokens]
-        return known + [pad_id] * (tokens - len(known))
-
     def draw(seed: int, steps: int) -> np.ndarray:
         prompts = ["", PROMPT] if guided else [PROMPT]
-        states = text_encoder({"input_ids": np.array([ids(each) for each in prompts], np.int64)})
+        ids = np.concatenate([tokenizer.encode(each).input_ids for each in prompts])
+        states = text_encoder({"input_ids": ids})
         sampler = make_sampler(scheduler, steps)
         latents = task.noise(seed) * np.float32(sampler.initial_scale)
         for index, timestep in enumerate(sampler.timesteps):
