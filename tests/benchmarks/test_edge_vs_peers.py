@@ -91,8 +91,8 @@ def test_everybody_draws_the_same_small_picture_and_a_second_run_measures_nothin
     for who, its in found.items():
         assert its["p50_s"] > 0
         assert its["peak_rss_mb"] > 50
-        if who in ("ours", "optimum"):  # the others compute in 16 bits
-            assert its["psnr_db"] > 45
+        if who != "diffusers-fp32":  # some compute in 16 bits, none draws another prompt
+            assert its["psnr_db"] > (60 if who in ("ours", "optimum") else 33)
     assert found["ours"]["first_s"] > found["ours"]["p50_s"]
     assert found["optimum"]["first_s"] is None
     assert "sd-turbo: median of 'ours'" in done.output
