@@ -163,10 +163,6 @@ def _cases(quick: bool, ours: Iterable[str]) -> list[Case]:
 
 def _own_settings() -> list[str]:
     """Return what of ours is worth measuring here: each provider, and the least memory."""
-    from edge_agent.config import OPTIONS
-
-    if not {"provider", "memory"} <= set(OPTIONS):
-        return [""]
     openvino = ["provider=openvino"] if _installed("openvino") else []
     return ["provider=cpu", *openvino, f"provider=cpu {LOW}"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 from edge_agent.bundle import Bundle
-from edge_agent.diffusion.generator import EdgeGenerator
+from edge_agent.edge import Edge
 from edge_agent.errors import (
     BundleError,
     CloudError,
@@ -29,15 +29,19 @@ from edge_agent.errors import (
 from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, check_prompt, check_request
 from edge_agent.routing.budget.ledger import Ledger, Reservation
 from edge_agent.routing.budget.pacer import Pacer
-from edge_agent.routing.encoder import Encoded, TextEncoder, Tokenizer
+from edge_agent.routing.encoder import Encoded
 from edge_agent.routing.router import Router
-from edge_agent.runtime.session import Session
+from edge_agent.runtime.memory import peak_rss
+from edge_agent.runtime.network import Backend
+from edge_agent.runtime.networks import Networks
 from edge_agent.types import (
     Cancellation,
     Decision,
     Fallback,
+    Memory,
     OnEvent,
     Picture,
+    Provider,
     Request,
     Result,
     Route,
@@ -124,8 +128,10 @@ class EdgeAgent:
     """Routes prompts and draws pictures with a bundle, and with a cloud where there is one.
 
     Networks are opened when first needed: deciding opens the text encoder and the predictor only.
+    `memory` says how long they stay open, `provider` what runs them.
     `share` is the share of prompts that may go to the cloud, by default the bundle's own; `budget`
-    keeps it over time, and its limits with it. Calls may come from several threads.
+    keeps it over time, and its limits with it. Calls may come from several threads. Raises
+    ConfigError when `provider` is absent.
     """
 
     def __init__(
@@ -136,21 +142,20 @@ class EdgeAgent:
         share: float | None = None,
         budget: Ledger | None = None,
         offline: bool = False,
+        provider: Provider = Provider.AUTO,
+        memory: Memory = Memory.NORMAL,
         threads: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.bundle = bundle
+        networks = Networks(bundle, provider=provider, memory=memory, threads=threads)
+        self._edge = Edge(networks)
         self._cloud = None if offline else cloud
         self._share = bundle.router.default_share if share is None else share
         self._budget = None if self._cloud is None else budget
         self._pacer = Pacer(bundle.router.score_digest, self._share)
         self._offline = offline
-        self._threads = threads
         self._clock = clock
-        self._lock = threading.Lock()
-        self._deciding: tuple[Router, TextEncoder] | None = None
-        self._drawing: EdgeGenerator | None = None
-        self.providers: dict[str, list[str]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -162,23 +167,29 @@ class EdgeAgent:
         """Close the cloud and let go of the networks."""
         if self._cloud is not None:
             self._cloud.close()
-        with self._lock:
-            self._deciding = self._drawing = None
+        self._edge.close()
+
+    @property
+    def backends(self) -> dict[str, Backend]:
+        """What runs each network that was opened so far."""
+        return self._edge.backends
 
     def open(self, *, drawing: bool = True) -> None:
         """Open the networks now, not at the first request; without `drawing` those that decide."""
-        self._open_deciding()
-        if drawing:
-            self._open_drawing()
+        self._edge.open(drawing=drawing)
 
     def route(self, prompt: str) -> Decision:
         """Decide where `prompt` would be drawn; opens no socket, draws and spends nothing."""
         check_prompt(prompt)
-        router, _ = self._open_deciding()
-        decision, _ = router.decide(prompt)
+        try:
+            decision, _ = self._edge.router(self._share).decide(prompt)
+        finally:
+            self._edge.release()
         if self._budget is None:
             return decision
-        return router.under(self._pacer.threshold(self._budget.pace()), decision)
+        return self._edge.router(self._share).under(
+            self._pacer.threshold(self._budget.pace()), decision
+        )
 
     def generate(
         self,
@@ -194,8 +205,18 @@ class EdgeAgent:
         check_request(request)
         if request.route is Route.CLOUD and not self._cloud_allowed(request):
             raise ConfigError(self._why_no_cloud(request))
+        try:
+            return self._generate(request, on_event, cancellation)
+        finally:
+            self._edge.release()
+
+    def _generate(
+        self, request: Request, on_event: OnEvent | None, cancellation: Cancellation | None
+    ) -> Result:
         started = self._clock()
-        router, _ = self._open_deciding()
+        self._edge.open(drawing=False)
+        self._edge.open_soon(likely=request.route is not Route.CLOUD)
+        router = self._edge.router(self._share)
         opened = self._clock()
         decision, encoded = router.decide(request.prompt)
         decision, admitted = self._admit(router, self._overrule(decision, request), request)
@@ -228,6 +249,8 @@ class EdgeAgent:
             models=self._models(drawn_on, picture),
             fallback_from=None if drawn_on is decision.route else decision.route,
             fallback_reason=fallback_reason,
+            backends=self._edge.ran(drawing=drawn_on is Route.EDGE),
+            peak_rss=peak_rss(),
         )
 
     def _cloud_allowed(self, request: Request) -> bool:
@@ -291,14 +314,19 @@ class EdgeAgent:
 
     def _draw_on(self, route: Route, call: _Call) -> Picture:
         if route is Route.EDGE:
-            generator = self._open_drawing()
-            return generator.generate(
-                call.request,
-                {self.bundle.router.text_encoder: call.encoded},
-                call.seed,
-                call.on_event,
-                call.cancellation,
-            )
+            try:
+                return self._edge.generator(self._clock).generate(
+                    call.request,
+                    {self.bundle.router.text_encoder: call.encoded},
+                    call.seed,
+                    call.on_event,
+                    call.cancellation,
+                )
+            except MemoryError as err:
+                raise GenerationError(
+                    "drawing ran out of memory; "
+                    "ask for --memory low or a smaller --size, or close other programs"
+                ) from err
         if self._cloud is None:
             raise Unreachable(self._why_no_cloud(call.request))
         with self._paid(call):
@@ -342,49 +370,3 @@ class EdgeAgent:
             "router": f"{predictor.name}@{predictor.files[predictor.file].sha256[:12]}",
             drawn_on.value: picture.model + digest,
         }
-
-    def _open_deciding(self) -> tuple[Router, TextEncoder]:
-        with self._lock:
-            if self._deciding is None:
-                spec = self.bundle.router
-                text_encoder = self._open_text_encoder(spec.text_encoder)
-                predictor = self._open_session(spec.predictor)
-                router = Router(text_encoder, predictor, spec, self._share)
-                self._deciding = router, text_encoder
-            return self._deciding
-
-    def _open_drawing(self) -> EdgeGenerator:
-        _, text_encoder = self._open_deciding()
-        with self._lock:
-            if self._drawing is None:
-                spec, shared = self.bundle.diffusion, self.bundle.router.text_encoder
-                decoder = self._open_session("vae_decoder")
-                preview = decoder
-                if spec.preview and spec.preview.decoder != "vae_decoder":
-                    preview = self._open_session(spec.preview.decoder)
-                self._drawing = EdgeGenerator(
-                    spec,
-                    denoiser=self._open_session(spec.denoiser),
-                    vae_decoder=decoder,
-                    text_encoders={
-                        name: text_encoder if name == shared else self._open_text_encoder(name)
-                        for name in spec.text_encoders
-                    },
-                    preview_decoder=preview,
-                    clock=self._clock,
-                )
-            return self._drawing
-
-    def _open_text_encoder(self, component: str) -> TextEncoder:
-        files = self.bundle.tokenizers[component]
-        tokenizer = Tokenizer(self.bundle.path / files.file, files.context_length, files.pad_id)
-        return TextEncoder(self._open_session(component), tokenizer)
-
-    def _open_session(self, component: str) -> Session:
-        session = Session(
-            self.bundle.path_of(component),
-            threads=self._threads,
-            optimized=self.bundle.component(component).optimized,
-        )
-        self.providers[component] = session.providers
-        return session

@@ -24,6 +24,7 @@ from edge_agent.types import (
     Decision,
     Event,
     Fallback,
+    Memory,
     OnEvent,
     Preview,
     Queued,
@@ -41,7 +42,8 @@ Command = Callable[..., Any]
 _BUDGET = ("budget_pictures", "budget_cost", "cloud_cost", "ledger")
 _RECOGNIZING = ("client", "history", "histories", "top")
 _DRAWING = tuple(name for name in OPTIONS if name not in _RECOGNIZING)
-_DECIDING = ("bundle", "share", "threads", "json", "quiet", "debug")
+_COMPUTING = ("provider", "memory", "threads")
+_DECIDING = ("bundle", "share", *_COMPUTING, "json", "quiet", "debug")
 
 
 @dataclass(slots=True)
@@ -164,7 +166,7 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
 @cli.command()
 @click.argument("images", nargs=-1, metavar="IMAGE...", type=click.Path(path_type=Path))
 @click.option("--forget", metavar="ID", help="Delete the history of this client.")
-@settings_options("bundle", *_RECOGNIZING, "threads", "json", "quiet", "debug")
+@settings_options("bundle", *_RECOGNIZING, *_COMPUTING, "json", "quiet", "debug")
 @click.pass_obj
 def recognize(state: State, /, images: tuple[Path, ...], forget: str | None, **flags: Any) -> int:
     """Say what is in each IMAGE, in the light of the client's earlier pictures.
@@ -187,6 +189,8 @@ def recognize(state: State, /, images: tuple[Path, ...], forget: str | None, **f
         settings.histories,
         history=settings.history,
         top=settings.top,
+        provider=settings.provider,
+        memory=settings.memory,
         threads=settings.threads,
     )
     failed, notes = False, set[str]()
@@ -203,14 +207,16 @@ def recognize(state: State, /, images: tuple[Path, ...], forget: str | None, **f
 
 
 @cli.command()
+@click.option("--measure", is_flag=True, help="First time every provider, for --provider auto.")
 @settings_options("offline", "cloud", *_BUDGET, *_DECIDING)
 @click.pass_obj
-def doctor(state: State, /, **flags: Any) -> int:
+def doctor(state: State, /, measure: bool, **flags: Any) -> int:
     """Check the bundle, the networks, the cloud and the settings; exit 1 if it cannot draw."""
     from edge_agent.doctor import examine, report_lines
 
     settings = _resolve(state, flags)
-    report = examine(settings)
+    tell = (lambda _: None) if settings.quiet else _note
+    report = examine(settings, tell if measure else None)
     if settings.json:
         _print_json(report)
     else:
@@ -274,6 +280,8 @@ def _open_agent(settings: Settings) -> EdgeAgent:
         share=settings.share,
         budget=_budget(settings),
         offline=settings.offline,
+        provider=settings.provider,
+        memory=settings.memory,
         threads=settings.threads,
     )
 
@@ -435,6 +443,8 @@ def _previews(
 
     if agent.bundle.diffusion.preview is None:
         note("no preview: the bundle's decoder is not small, and it has no other")
+    elif settings.memory is Memory.LOW:
+        note("no preview with --memory low, which has one network open at a time")
     with PreviewFile(_preview_file(settings.output, prompt)) as file:
 
         def on_event(event: Event) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from edge_agent.errors import ConfigError
 from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, MAX_STEPS
-from edge_agent.types import Request, Route, SamplerName
+from edge_agent.types import Memory, Provider, Request, Route, SamplerName
 
 ENV_PREFIX = "EDGE_AGENT_"
 _LEAST_MONEY, _MOST_MONEY = Decimal("0.000001"), Decimal(1_000_000)
@@ -183,6 +183,20 @@ OPTIONS: dict[str, Option[Any]] = {
     "top": Option(
         _between(int, 1, 1000), 5, "a whole number from 1 to 1000", "Labels to show.", "NUMBER"
     ),
+    "provider": Option(
+        Provider,
+        Provider.AUTO,
+        ", ".join(Provider),
+        "What runs the networks; auto: what `doctor --measure` found fastest, or the processor.",
+        "NAME",
+    ),
+    "memory": Option(
+        Memory,
+        Memory.NORMAL,
+        ", ".join(Memory),
+        "low: one network at a time; high: all of them open at once, for every size.",
+        "MODE",
+    ),
     "threads": Option(
         _between(int, 1, 1024),
         None,
@@ -224,6 +238,8 @@ class Settings:
     history: int | None
     histories: Path
     top: int
+    provider: Provider
+    memory: Memory
     threads: int | None
     json: bool
     quiet: bool

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from edge_agent.bundle import Bundle, open_bundle
 from edge_agent.config import OPTIONS, Settings
 from edge_agent.errors import AgentError
 
-_RUNTIMES = (
-    "onnxruntime",
-    "onnxruntime-directml",
-    "onnxruntime-gpu",
-    "onnxruntime-openvino",
-    "onnxruntime-qnn",
-)
+Note = Callable[[str], None]
 
 
-def examine(settings: Settings) -> dict[str, Any]:
+def examine(settings: Settings, measure: Note | None = None) -> dict[str, Any]:
     """Look at everything a picture needs and return it as one JSON object; raises nothing of ours.
 
-    Asks the cloud for its health only where an address is set and `offline` is not.
+    Asks the cloud for its health only where an address is set and `offline` is not. With `measure`
+    every provider runs every network first, and the results are told to it, a line each.
     """
-    bundle = _bundle(settings)
+    bundle = _bundle(settings, measure)
     effective = {
         name: {"value": _plain(getattr(settings, name)), "source": settings.sources[name]}
         for name in OPTIONS
@@ -36,7 +32,7 @@ def examine(settings: Settings) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "runtime": _runtime(),
+        "runtime": _runtime(settings),
         "bundle": bundle,
         "cloud": _cloud(settings),
         "budget": _budget(settings),
@@ -51,9 +47,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"python      {report['python']} on {report['platform']}",
         f"runtime     {', '.join(runtime['installed'])}; "
         f"providers {', '.join(runtime['available_providers'])}",
+        f"device      {runtime['device']}; what was compiled and measured is in {runtime['cache']}",
     ]
-    if len(runtime["installed"]) > 1:
-        lines.append("            several builds of onnxruntime break each other; keep one of them")
+    if runtime["conflict"]:
+        lines.append(f"            {runtime['conflict']}")
     lines.append(f"bundle      {bundle['path']} (from {bundle['source']})")
     if not bundle["ok"]:
         lines.append(f"            {bundle['error']}")
@@ -66,9 +63,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
             parity = part["parity"]
             lines.append(
                 f"  {part['name']:<24} {part['size_bytes'] / 1e6:7.2f} MB  {part['precision']}  "
-                f"{parity['metric']} {parity['value']:.5g} (gate {parity['gate']:g})  "
-                f"runs on {', '.join(part['providers'])}"
+                f"{parity['metric']} {parity['value']:.5g} (gate {parity['gate']:g})"
             )
+            lines += _where(part)
     lines.append(f"cloud       {cloud['status']}")
     lines.append(f"budget      {report['budget']['status']}")
     lines.append("settings")
@@ -78,36 +75,65 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _runtime() -> dict[str, Any]:
-    from edge_agent.runtime.session import runtime_facts
-
-    installed = []
-    for name in _RUNTIMES:
-        try:
-            installed.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
-    return {"installed": installed, **runtime_facts()}
+def _where(part: dict[str, Any]) -> list[str]:
+    """Lay out where a network runs, and what was measured of it."""
+    if "provider" not in part:
+        return []
+    lines = [f"      {part['provider']}, {part['reason']}: {part['runs_on']}"]
+    for provider, each in part["measured"].items():
+        lines.append(f"        {provider:<14} {_measured(each)}")
+    return lines
 
 
-def _bundle(settings: Settings) -> dict[str, Any]:
+def _runtime(settings: Settings) -> dict[str, Any]:
+    from edge_agent.runtime import providers
+    from edge_agent.runtime.memory import peak_rss
+    from edge_agent.runtime.plan import cache_folder
+
+    return {
+        "installed": providers.installed(),
+        "conflict": providers.conflict(),
+        "available_providers": [one.value for one in providers.available()],
+        "device": providers.device_of(settings.provider),
+        "cache": str(cache_folder()),
+        "peak_rss_bytes": peak_rss(),
+    }
+
+
+def _bundle(settings: Settings, measure: Note | None) -> dict[str, Any]:
     found = {"path": str(settings.bundle), "source": settings.sources["bundle"]}
     try:
         bundle = open_bundle(settings.bundle)
-        return {**found, "ok": True, **_contents(bundle, settings.threads)}
+        if measure is not None:
+            _measure(bundle, settings.threads, measure)
+        return {**found, "ok": True, **_contents(bundle, settings)}
     except AgentError as err:
         return {**found, "ok": False, "error": str(err)}
 
 
-def _contents(bundle: Bundle, threads: int | None) -> dict[str, Any]:
-    from edge_agent.agent import EdgeAgent
+def _measure(bundle: Bundle, threads: int | None, note: Note) -> None:
+    from edge_agent.measure import measure
+    from edge_agent.runtime.plan import Measured
+    from edge_agent.types import Provider
+
+    def tell(name: str, provider: Provider, found: Measured) -> None:
+        note(f"{name} on {provider}: {_measured(asdict(found))}")
+
+    measure(bundle, threads, tell)
+
+
+def _measured(found: dict[str, Any]) -> str:
+    if found["error"] is not None:
+        return f"failed: {found['error']}"
+    told = "" if found["seconds"] is None else f"{1e3 * found['seconds']:.1f} ms, "
+    return f"{told}{found['psnr_db']:.0f} dB from the CPU"
+
+
+def _contents(bundle: Bundle, settings: Settings) -> dict[str, Any]:
     from edge_agent.diffusion.samplers import make_sampler, sampler_name
     from edge_agent.runtime.session import default_threads
 
     make_sampler(bundle.diffusion.scheduler, bundle.diffusion.steps)
-    with EdgeAgent(bundle, offline=True, threads=threads) as agent:
-        agent.open()
-        providers = dict(agent.providers)
     return {
         "format": bundle.format,
         "created_by": bundle.created_by,
@@ -124,24 +150,43 @@ def _contents(bundle: Bundle, threads: int | None) -> dict[str, Any]:
             },
             "this machine": {"threads": default_threads()},
         },
-        "components": [
-            {
-                "name": part.name,
-                "file": part.file,
-                "size_bytes": part.size_bytes,
-                "precision": part.precision,
-                "opset": part.opset,
-                "optimized": part.optimized,
-                "parity": {
-                    "metric": part.parity.metric,
-                    "value": part.parity.value,
-                    "gate": part.parity.gate,
-                },
-                "providers": providers.get(part.name, []),
-            }
-            for part in bundle.components.values()
-        ],
+        "components": _components(bundle, settings),
     }
+
+
+def _components(bundle: Bundle, settings: Settings) -> list[dict[str, Any]]:
+    """Open the networks as for a picture and say of each what it is and what runs it."""
+    from edge_agent.edge import Edge
+    from edge_agent.runtime.networks import Networks
+    from edge_agent.runtime.plan import candidates
+
+    networks = Networks(bundle, provider=settings.provider, threads=settings.threads)
+    edge = Edge(networks)
+    edge.open(drawing=True)
+    known = {one.part.name: one for one in networks.known}
+    backends = {name: str(backend) for name, backend in edge.backends.items()}
+    edge.close()
+    found = []
+    for part in bundle.components.values():
+        entry = {
+            "name": part.name,
+            "file": part.file,
+            "size_bytes": part.size_bytes,
+            "precision": part.precision,
+            "opset": part.opset,
+            "optimized": part.optimized,
+            "parity": asdict(part.parity),
+        }
+        if one := known.get(part.name):
+            measured = networks.plan.measured(part, candidates(one.precise))
+            entry |= {
+                "provider": one.choice.provider.value,
+                "reason": one.choice.reason,
+                "runs_on": backends.get(part.name, "compiled at the first picture of a size"),
+                "measured": {provider: asdict(each) for provider, each in measured.items()},
+            }
+        found.append(entry)
+    return found
 
 
 def _cloud(settings: Settings) -> dict[str, Any]:

@@ -32,8 +32,10 @@ def result_to_json(result: Result, file: Path | None = None) -> dict[str, Any]:
         "fallback_from": None if result.fallback_from is None else result.fallback_from.value,
         "fallback_reason": result.fallback_reason,
         "models": dict(result.models),
+        "backends": dict(result.backends),
         "timings_ms": _rounded(result.timings_ms, 3),
         "drawing_ms": _rounded(picture.timings_ms, 3),
+        "peak_rss_bytes": result.peak_rss,
     }
 
 
@@ -49,6 +51,7 @@ def png_record(result: Result) -> dict[str, Any]:
         "drawn_on": result.drawn_on.value,
         "fallback_from": None if result.fallback_from is None else result.fallback_from.value,
         "models": dict(result.models),
+        "backends": dict(result.backends),
     }
 
 

@@ -32,6 +32,35 @@ class SamplerName(StrEnum):
     FLOW_EULER = "flow-euler"
 
 
+class Provider(StrEnum):
+    """What runs the device's networks; `AUTO` is what measured fastest here, or the CPU.
+
+    All but OpenVINO, which is an engine of its own, are onnxruntime's execution providers.
+    """
+
+    AUTO = "auto"
+    CPU = "cpu"
+    OPENVINO = "openvino"
+    OPENVINO_F32 = "openvino:f32"
+    CUDA = "cuda"
+    TENSORRT = "tensorrt"
+    COREML = "coreml"
+    DIRECTML = "directml"
+
+    @property
+    def base(self) -> str:
+        """The name without what follows the colon."""
+        return self.value.partition(":")[0]
+
+
+class Memory(StrEnum):
+    """How much memory the device's networks may take: the less, the slower."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One wish for a picture. `None` means: the default of the model that draws.
@@ -90,7 +119,11 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The answer to a request. `drawn_on` differs from `decision.route` after a fallback."""
+    """The answer to a request. `drawn_on` differs from `decision.route` after a fallback.
+
+    `backends` says what ran each network that was used here: equal seeds give equal pixels on equal
+    backends. `peak_rss` is the most memory, in bytes, that this process has held so far.
+    """
 
     request_id: str
     prompt: str
@@ -102,6 +135,8 @@ class Result:
     fallback_from: Route | None = None
     fallback_reason: str | None = None
     negative_prompt: str = ""
+    backends: Mapping[str, str] = field(default_factory=dict)
+    peak_rss: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

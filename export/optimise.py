@@ -14,6 +14,8 @@ import onnxruntime as ort
 # Extended and not all: the layouts of the last level depend on this machine's vector width.
 LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 MIN_EXTERNAL_BYTES = 1024
+# OpenVINO reads every activation fused into a Gemm as a ReLU.
+NOT_FOR_ALL = ["GemmActivationFusion"]
 
 
 def optimise(traced: Path, optimised: Path) -> None:
@@ -28,7 +30,9 @@ def optimise(traced: Path, optimised: Path) -> None:
         "session.optimized_model_external_initializers_min_size_in_bytes": str(MIN_EXTERNAL_BYTES),
     }.items():
         options.add_session_config_entry(key, value)
-    ort.InferenceSession(traced, options, providers=["CPUExecutionProvider"])
+    ort.InferenceSession(
+        traced, options, providers=["CPUExecutionProvider"], disabled_optimizers=NOT_FOR_ALL
+    )
 
 
 def opset_of(model: Path) -> int:

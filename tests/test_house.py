@@ -66,8 +66,9 @@ def test_the_device_imports_nothing_of_the_cloud(package: str) -> None:
     assert importers(package, "edge_agent") == set()
 
 
-def test_only_the_runtime_sees_onnxruntime_on_the_device() -> None:
-    users = importers("onnxruntime", "edge_agent")
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_only_the_runtime_sees_an_engine_on_the_device(engine: str) -> None:
+    users = importers(engine, "edge_agent")
     assert users
     assert all(is_in(user, "edge_agent/runtime") for user in users)
 

@@ -43,13 +43,21 @@ Draw = Callable[[int, int], np.ndarray]  # seed, steps -> (H, W, 3) uint8
 
 
 def ours(task: Task, **wanted: str) -> Draw:
-    """The device as a user has it: deciding, drawing, record; `wanted` are its own settings."""
+    """The device as a user has it, deciding included; `wanted` are provider and memory."""
     from edge_agent import EdgeAgent, Request, Route, open_bundle
-    from edge_agent.config import OPTIONS, resolve
+    from edge_agent.config import resolve
+    from edge_agent.errors import ConfigError
 
+    if unknown := set(wanted) - {"provider", "memory"}:
+        raise ConfigError(f"--ours {unknown.pop()}=... is no setting; choose provider or memory")
     settings = resolve({"bundle": str(task.home / "bundle"), **wanted}, {})
-    options = {name: getattr(settings, name) for name in wanted if name in OPTIONS}
-    agent = EdgeAgent(open_bundle(settings.bundle), offline=True, threads=task.threads, **options)
+    agent = EdgeAgent(
+        open_bundle(settings.bundle),
+        offline=True,
+        provider=settings.provider,
+        memory=settings.memory,
+        threads=task.threads,
+    )
 
     def draw(seed: int, steps: int) -> np.ndarray:
         request = Request(PROMPT, seed=seed, steps=steps, route=Route.EDGE)

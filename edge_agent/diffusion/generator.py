@@ -15,7 +15,7 @@ from edge_agent.diffusion.decoding import Decode, decode
 from edge_agent.diffusion.samplers import make_sampler, overridden, sampler_name
 from edge_agent.errors import Cancelled, ConfigError, GenerationError
 from edge_agent.routing.encoder import Encoded, TextEncoder
-from edge_agent.runtime.session import Session
+from edge_agent.runtime.network import Network
 from edge_agent.types import Cancellation, OnEvent, Picture, Preview, Request, Step
 
 
@@ -44,10 +44,10 @@ class EdgeGenerator:
         self,
         spec: DiffusionSpec,
         *,
-        denoiser: Session,
-        vae_decoder: Session,
+        denoiser: Network,
+        vae_decoder: Network,
         text_encoders: Mapping[str, TextEncoder],
-        preview_decoder: Session | None = None,
+        preview_decoder: Network | None = None,
         tile: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -170,7 +170,7 @@ class EdgeGenerator:
                 "timestep": np.asarray(timestep),
                 **condition,
             }
-            prediction = self._denoiser.run(self._cast(self._denoiser, feeds), cancellation)[0]
+            prediction = self._denoiser.run(feeds, cancellation)[0]
             prediction = prediction.astype(np.float32, copy=False)
             if batch == 2:
                 prediction = prediction[:1] + plan.guidance * (prediction[1:] - prediction[:1])
@@ -209,18 +209,9 @@ class EdgeGenerator:
         unscaled = latents / self._spec.scaling_factor + self._spec.shift_factor
         return decode(self._run(self._vae_decoder, cancellation), unscaled, self._tile)
 
-    def _run(self, decoder: Session, cancellation: Cancellation | None) -> Decode:
-        def run(unscaled: np.ndarray) -> np.ndarray:
-            feeds = self._cast(decoder, {"latent_sample": unscaled})
-            return decoder.run(feeds, cancellation)[0]
-
-        return run
-
     @staticmethod
-    def _cast(session: Session, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {
-            name: array.astype(session.inputs[name], copy=False) for name, array in feeds.items()
-        }
+    def _run(decoder: Network, cancellation: Cancellation | None) -> Decode:
+        return lambda unscaled: decoder.run({"latent_sample": unscaled}, cancellation)[0]
 
 
 def _broke_down(step: int, steps: int, guidance: float) -> GenerationError:

@@ -14,7 +14,8 @@ from edge_agent.config import LONGEST_HISTORY
 from edge_agent.errors import BundleError, PictureError
 from edge_agent.recognition.history import Features, History
 from edge_agent.recognition.pictures import Pixels, read_picture
-from edge_agent.runtime.session import Session
+from edge_agent.runtime.networks import Networks
+from edge_agent.types import Memory, Provider
 
 TOGETHER = 16  # pictures of a folder that are each other's context
 
@@ -56,6 +57,8 @@ class Recognizer:
         *,
         history: int | None = None,
         top: int = 5,
+        provider: Provider = Provider.AUTO,
+        memory: Memory = Memory.NORMAL,
         threads: int | None = None,
     ) -> None:
         if bundle.recognizer is None:
@@ -69,12 +72,13 @@ class Recognizer:
         if not 0 <= self._length <= LONGEST_HISTORY:
             raise ValueError(f"a history of {self._length} is not from 0 to {LONGEST_HISTORY}")
 
-        def session(name: str) -> Session:
-            part = bundle.component(name)
-            return Session(bundle.path_of(name), threads=threads, optimized=part.optimized)
-
-        self._backbone = session(self._spec.backbone)
-        self._head, self._adapted = session(self._spec.head), session(self._spec.adapted)
+        networks = Networks(bundle, provider=provider, memory=memory, threads=threads)
+        # Features of today are compared with those that were kept: in 32 bits all of them.
+        self._backbone, self._head, self._adapted = (
+            networks.get(name, precise=True)
+            for name in (self._spec.backbone, self._spec.head, self._spec.adapted)
+        )
+        networks.open_now(self._backbone, self._head, self._adapted)
 
     def recognize(self, file: Path, client: str) -> Recognition:
         """Recognise one picture after those that the client had before, and remember it.

@@ -1,1 +1,1 @@
-"""The only importer of onnxruntime: sessions, threads, cancellation, error mapping."""
+"""The only importer of onnxruntime and OpenVINO: providers, sessions, memory, cancellation."""

@@ -9,12 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from edge_agent.agent import EdgeAgent, LazyCloud
 from edge_agent.bundle import open_bundle
 from edge_agent.cloud.client import CloudClient
+from edge_agent.diffusion.generator import EdgeGenerator
 from edge_agent.errors import (
     AgentError,
     BundleError,
@@ -33,6 +35,7 @@ from edge_agent.types import (
     Cancellation,
     Event,
     Fallback,
+    Memory,
     OnEvent,
     Picture,
     Request,
@@ -321,7 +324,46 @@ def test_cancelling_is_never_taken_for_a_failure(make_agent: MakeAgent) -> None:
 def test_deciding_opens_only_the_networks_that_decide(make_agent: MakeAgent) -> None:
     agent = make_agent()
     agent.route(EASY)
-    assert set(agent.providers) == {"text_encoder", "predictor"}
+    assert set(agent.backends) == {"text_encoder", "predictor"}
+
+
+def test_what_goes_to_the_cloud_for_sure_opens_nothing_that_draws(make_agent: MakeAgent) -> None:
+    agent = make_agent(cloud=Cloud())
+    result = agent.generate(Request(EASY, route=Route.CLOUD))
+    assert set(agent.backends) == set(result.backends) == {"text_encoder", "predictor"}
+
+
+def test_with_much_memory_everything_opens_wherever_it_is_drawn(make_agent: MakeAgent) -> None:
+    agent = make_agent(cloud=Cloud(), memory=Memory.HIGH)
+    result = agent.generate(Request(EASY, route=Route.CLOUD))
+    agent.open()
+    assert set(agent.backends) == {"text_encoder", "predictor", "unet", "vae_decoder"}
+    assert set(result.backends) == {"text_encoder", "predictor"}
+
+
+@pytest.mark.parametrize("memory", list(Memory))
+def test_memory_changes_neither_decision_nor_picture(make_agent: MakeAgent, memory: Memory) -> None:
+    request = Request(EASY, seed=2, negative_prompt="a dog")
+    usual, result = make_agent().generate(request), make_agent(memory=memory).generate(request)
+    wanted, found = (np.asarray(each.picture.image, int) for each in (usual, result))
+    assert np.abs(wanted - found).max() <= 1
+    assert result.decision.prs == pytest.approx(usual.decision.prs, abs=1e-6)
+    assert result.backends["unet"].endswith("low memory)") == (memory is Memory.LOW)
+    assert (result.peak_rss or 0) > 1e7
+
+
+def test_no_memory_left_while_drawing_counts_as_a_failing_edge(
+    make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, alone = make_agent(cloud=Cloud()), make_agent()
+
+    def no_room(*_: object) -> None:
+        raise MemoryError("unable to allocate 9 TiB")
+
+    monkeypatch.setattr(EdgeGenerator, "generate", no_room)
+    assert agent.generate(Request(EASY)).drawn_on is Route.CLOUD
+    with pytest.raises(GenerationError, match="drawing ran out of memory; ask for --memory low"):
+        alone.generate(Request(EASY))
 
 
 def test_a_share_of_zero_keeps_everything_here(make_agent: MakeAgent) -> None:
@@ -350,7 +392,7 @@ def test_a_model_with_its_own_text_encoder_is_conditioned_by_that(
     rewrite(tiny_bundle, change)
     agent = make_agent()
     assert agent.generate(Request(EASY, seed=1)).picture.image.tobytes() == shared
-    assert "text_encoder_diffusion" in agent.providers
+    assert "text_encoder_diffusion" in agent.backends
 
 
 def test_closing_the_agent_closes_the_cloud(make_agent: MakeAgent) -> None:

@@ -21,6 +21,7 @@ from edge_agent.cli import run
 from edge_agent.gallery.png import read_record
 from edge_agent.gallery.preview import PreviewFile
 from edge_agent.routing.budget.ledger import Ledger
+from edge_agent.runtime import providers
 from tests.wire import HeldEngine, free_port, running_server
 
 
@@ -348,7 +349,10 @@ def test_doctor_reports_bundle_networks_and_where_settings_come_from(
         "text_encoder", "predictor", "unet", "vae_decoder",
     }  # fmt: skip
     for part in report["bundle"]["components"]:
-        assert part["providers"] == ["CPUExecutionProvider"]
+        assert (part["provider"], part["reason"]) == ("cpu", "not measured here yet")
+        assert part["runs_on"].startswith("cpu (onnxruntime ")
+        assert part["measured"] == {}
+    assert report["runtime"]["conflict"] is None
     settings = report["settings"]
     assert settings["share"] == {"value": 0.5, "source": "--share"}
     assert settings["offline"] == {"value": True, "source": "EDGE_AGENT_OFFLINE"}
@@ -356,6 +360,38 @@ def test_doctor_reports_bundle_networks_and_where_settings_come_from(
     assert settings["bundle"]["source"] == "EDGE_AGENT_BUNDLE"
     assert report["cloud"]["status"] == "not asked: offline"
     assert report["budget"]["status"].startswith("nothing spent yet, no ledger at ")
+
+
+def test_doctor_measures_when_asked_to(command: Command) -> None:
+    done = command("doctor", "--offline", "--measure", "--threads", "1")
+    assert done.returncode == 0
+    assert "edge-agent: unet on cpu: " in done.stderr
+    lines = done.stdout.splitlines()
+    unet = next(i for i, line in enumerate(lines) if line.startswith("  unet "))
+    assert "measured here: " in lines[unet + 1]
+    assert lines[unet + 2].split()[0] == "cpu"
+    assert "200 dB from the CPU" in lines[unet + 2]
+
+
+def test_a_provider_that_is_not_here_is_wrong_usage(command: Command) -> None:
+    absent = next(name for name in ("coreml", "cuda") if name not in providers.available())
+    done = command("generate", "a cat", "--provider", absent)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"provider {absent} is not installed here (cpu" in done.stderr
+    assert command("doctor", "--offline", "--provider", absent).returncode == 1
+
+
+def test_every_memory_mode_says_how_much_it_took(command: Command) -> None:
+    drawn = []
+    for mode in ("low", "normal", "high"):
+        file = f"{mode}.png"
+        options = ("--seed", "1", "--memory", mode, "-o", file, "--json", "--offline")
+        told = json.loads(command("generate", "a cat", *options).stdout)
+        assert told["peak_rss_bytes"] > 1e7
+        assert told["backends"]["unet"].startswith("cpu (onnxruntime ")
+        assert set(told["backends"]) == {"text_encoder", "predictor", "unet", "vae_decoder"}
+        drawn.append(Path(file).read_bytes())
+    assert drawn[1] == drawn[2]
 
 
 def test_doctor_of_a_broken_bundle_says_what_is_wrong_and_fails(

@@ -8,7 +8,7 @@ import pytest
 
 from edge_agent.config import OPTIONS, resolve
 from edge_agent.errors import ConfigError
-from edge_agent.types import Route
+from edge_agent.types import Memory, Provider, Route
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def test_every_option_has_a_setting_and_an_environment_twin(config: Path) -> Non
         "steps": "3", "guidance": "2.5", "sampler": "euler-a", "preview": "2",
         "negative_prompt": "rain", "output": "a.png", "client": "anna", "history": "30",
         "histories": "h", "top": "3",
+        "provider": "openvino:f32", "memory": "low",
         "threads": "2", "json": "yes", "quiet": "on", "debug": "TRUE",
     }  # fmt: skip
     assert set(good) == set(OPTIONS)
@@ -44,6 +45,7 @@ def test_every_option_has_a_setting_and_an_environment_twin(config: Path) -> Non
     settings = resolve({}, env, config)
     assert set(settings.sources.values()) == set(env)
     assert settings.size == (64, 32)
+    assert (settings.provider, settings.memory) == (Provider.OPENVINO_F32, Memory.LOW)
     assert settings.request("a cat").deadline_s == 3.0
     assert settings.request("a cat").preview_every == 2
     assert settings.debug

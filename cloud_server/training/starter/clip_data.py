@@ -33,7 +33,7 @@ from transformers import CLIPTokenizer  # noqa: E402  the guard must come first
 
 METRICS = load_metrics()
 # How much more often than others a picture is spoiled in what is hard to see.
-HARD_TO_SEE = {"Integrity": 5.0, "Detail": 2.0, "Realism": 2.0}
+HARD_TO_SEE = {"Integrity": 12.0, "Detail": 2.0, "Realism": 3.0}
 
 
 class Batch(NamedTuple):

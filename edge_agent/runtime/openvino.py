@@ -1,0 +1,184 @@
+"""A network in OpenVINO, which reads the same files as onnxruntime and has its own engine.
+
+On x86 processors with bfloat16 it computes in that unless told otherwise. What it compiles is kept
+in a cache folder without the weights, which stay in the bundle: about a megabyte a network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache as once
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_agent.errors import BundleError, Cancelled, GenerationError
+from edge_agent.runtime.network import (
+    Backend,
+    Shapes,
+    cast,
+    first_line,
+    is_out_of_memory,
+    out_of_memory,
+    run_error,
+)
+from edge_agent.types import Cancellation, Provider
+
+if TYPE_CHECKING:
+    import openvino
+
+DEVICE = "CPU"
+
+
+@once
+def version() -> str | None:
+    """Return the installed version of OpenVINO, None without one; does not load it."""
+    from importlib import metadata  # takes its time to load, and the CPU needs none of it
+
+    try:
+        return metadata.version("openvino")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@once
+def _core() -> openvino.Core:
+    # Its conversion tools, which we do not use, report every import to Google Analytics. It goes on
+    # without them where they are missing, and so they are while it is imported.
+    tools = "openvino.tools.ovc"
+    missing = tools not in sys.modules
+    if missing:
+        sys.modules[tools] = None  # type: ignore[assignment]  # how Python is told of an absence
+    try:
+        import openvino
+    finally:
+        if missing:
+            del sys.modules[tools]
+    return openvino.Core()
+
+
+class OpenVinoSession:
+    """One ONNX network compiled by OpenVINO for the processor.
+
+    `f32` computes in 32 bits where the device would take fewer. `shapes` fixes the inputs' sizes.
+    `compiled` is the file where the compiled network is kept: its name must stand for the model's
+    digest, versions, device, threads and shapes. Raises BundleError when the network cannot be
+    compiled, GenerationError when memory runs out.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int,
+        f32: bool = False,
+        shapes: Shapes | None = None,
+        compiled: Path | None = None,
+    ) -> None:
+        self.path = path
+        config: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "CACHE_MODE": "OPTIMIZE_SIZE",  # what is exported leaves the weights where they are
+        }
+        if f32:
+            config["INFERENCE_PRECISION_HINT"] = "f32"
+        try:
+            self._compiled = _read(path, compiled, config)
+            if self._compiled is None:
+                model = _core().read_model(path)
+                if shapes is not None:
+                    model.reshape({name: list(shape) for name, shape in shapes.items()})
+                self._compiled = _core().compile_model(model, DEVICE, config)
+                _write(self._compiled, compiled)
+        except (RuntimeError, MemoryError) as err:
+            if is_out_of_memory(err):
+                raise out_of_memory(path) from err
+            raise BundleError(
+                f"OpenVINO {version()} cannot load {path} ({first_line(err)}); "
+                "choose --provider cpu, or run `python -m export` to write it again"
+            ) from err
+        ports = {port.get_any_name(): port for port in self._compiled.inputs}
+        self.inputs: dict[str, np.dtype[Any]] = {
+            name: np.dtype(port.get_element_type().to_dtype()) for name, port in ports.items()
+        }
+        self._shapes = {name: port.get_partial_shape() for name, port in ports.items()}
+        self.backend = Backend(
+            Provider.OPENVINO_F32 if f32 else Provider.OPENVINO,
+            f"openvino {version()}",
+            precision=self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
+        )
+
+    def run(
+        self, feeds: Mapping[str, np.ndarray], cancellation: Cancellation | None = None
+    ) -> list[np.ndarray]:
+        """Run the network on arrays, cast to its own types, and return its outputs in order.
+
+        Raises Cancelled when `cancellation` is set before or during the run, GenerationError when
+        the run fails.
+        """
+        request = self._compiled.create_infer_request()
+        forget: Callable[[], None] | None = None
+        if cancellation is not None:
+            forget = cancellation.on_cancel(request.cancel)
+        try:
+            if cancellation is not None and cancellation.cancelled:
+                raise Cancelled("stopped")
+            self._check(feeds)
+            # Not infer(), which hears of no cancellation.
+            request.start_async(cast(feeds, self.inputs))
+            request.wait()
+            # The request's own memory ends with it.
+            return [request.get_tensor(port).data.copy() for port in self._compiled.outputs]
+        except (RuntimeError, MemoryError) as err:
+            if cancellation is not None and cancellation.cancelled:
+                raise Cancelled("stopped") from err
+            raise run_error(self.path, "OpenVINO", err) from err
+        finally:
+            if forget is not None:
+                forget()
+
+    def _check(self, feeds: Mapping[str, np.ndarray]) -> None:
+        # OpenVINO itself computes something of inputs that are missing or of a wrong shape.
+        for name, wanted in self._shapes.items():
+            found = feeds[name].shape if name in feeds else None
+            if found is None or not _fits(found, wanted):
+                raise GenerationError(
+                    f"OpenVINO failed in {self.path} ({name} has the shape {found} and not "
+                    f"{wanted}); check the --size, or run `edge-agent doctor`"
+                )
+
+
+def _fits(shape: tuple[int, ...], wanted: openvino.PartialShape) -> bool:
+    return len(wanted) == len(shape) and all(
+        each.is_dynamic or each.get_length() == size
+        for each, size in zip(wanted, shape, strict=True)
+    )
+
+
+def _read(path: Path, compiled: Path | None, config: Mapping[str, Any]) -> Any:
+    """Return the network as it was compiled before, None if it was not or cannot be read."""
+    if compiled is None or not compiled.is_file():
+        return None
+    weights = path.with_name(path.name + ".data")
+    lying = {"WEIGHTS_PATH": str(weights)} if weights.is_file() else {}
+    try:
+        blob = io.BytesIO(compiled.read_bytes())
+        return _core().import_model(blob, DEVICE, {**config, **lying})
+    except (OSError, RuntimeError):
+        return None  # it is compiled again, and written again
+
+
+def _write(model: openvino.CompiledModel, compiled: Path | None) -> None:
+    # What cannot be kept, on a full disk or in a folder of someone else, is compiled again.
+    if compiled is not None:
+        with contextlib.suppress(OSError):
+            compiled.parent.mkdir(parents=True, exist_ok=True)
+            partial = compiled.with_name(f"{compiled.name}.{os.getpid()}.partial")
+            partial.write_bytes(model.export_model().getvalue())
+            partial.replace(compiled)

@@ -1,0 +1,52 @@
+"""Measuring runs every provider on what a picture really feeds, and `auto` follows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_agent.agent import EdgeAgent
+from edge_agent.bundle import open_bundle
+from edge_agent.measure import measure
+from edge_agent.runtime import openvino, providers
+from edge_agent.runtime.plan import Measured, Plan
+from edge_agent.types import Provider, Request
+
+Told = list[tuple[str, Provider, Measured]]
+
+
+@pytest.fixture
+def told(tiny_bundle: Path) -> Told:
+    results: Told = []
+    measure(open_bundle(tiny_bundle), 1, lambda *result: results.append(result))
+    return results
+
+
+def test_every_network_is_measured_on_every_provider(told: Told) -> None:
+    drawing = {(name, one) for name in ("unet", "vae_decoder") for one in providers.available()}
+    deciding = {
+        (name, one)
+        for name in ("text_encoder", "predictor")
+        for one in providers.available()
+        if one is not Provider.OPENVINO
+    }
+    assert {(name, provider) for name, provider, _ in told} == drawing | deciding
+    assert all(found.right and found.seconds for _, _, found in told)
+    assert {found.psnr_db for _, provider, found in told if provider is Provider.CPU} == {200.0}
+
+
+@pytest.mark.skipif(openvino.version() is None, reason="OpenVINO is not installed")
+def test_auto_draws_with_what_was_fastest(told: Told, tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    part = bundle.component("unet")
+    Plan(Provider.AUTO, 1).remember(
+        part, {Provider.CPU: Measured(2.0, 200.0), Provider.OPENVINO_F32: Measured(1e-9, 90.0)}
+    )
+    with EdgeAgent(bundle, threads=1) as agent:
+        drawn = agent.generate(Request("a cat", seed=1))
+    with EdgeAgent(bundle, threads=1, provider=Provider.CPU) as agent:
+        on_cpu = agent.generate(Request("a cat", seed=1))
+    assert drawn.backends["unet"].startswith("openvino f32 (openvino ")
+    assert set(drawn.backends) == {"text_encoder", "predictor", "unet", "vae_decoder"}
+    assert on_cpu.backends["unet"].startswith("cpu (onnxruntime ")
