@@ -95,7 +95,9 @@ def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
 def _preview(pipeline: Pipeline) -> dict[str, Any] | None:
     """Say with what pictures can be shown on the way, if a decoder is small enough for that."""
     preview = pipeline.preview
-    return preview and {
+    if preview is None:
+        return None
+    return {
         "decoder": "vae_decoder" if preview is pipeline else PREVIEW_DECODER,
         "scaling_factor": preview.scaling_factor,
         "shift_factor": preview.shift_factor,
