@@ -1,19 +1,30 @@
 """`python -m benchmarks.iciia_cost`: what ICIIA adds to six backbones, beside the paper's table 1.
 
 Parameters and multiply-adds of the backbones are counted on their timm architectures without
-weights; those of ICIIA are section 3.5's formulas, which the tests hold to real counts.
+weights; those of ICIIA are section 3.5's formulas, which the tests hold to real counts. With
+`--recognizer FOLDER` the time is measured that it adds to a picture on this device.
 """
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.iciia.module import IciiaConfig, tiny_groups
+from edge_agent.runtime.session import Session
+from export.optimise import optimise
+from export.quiet import quiet
+from export.recognizer import NAMES, RecognizerSource, open_recognizer
 
 guard()
 import timm  # noqa: E402  the guard must come first
@@ -66,12 +77,77 @@ def backbone_cost(name: str, side: int) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
+def sessions(source: RecognizerSource) -> Mapping[str, Session]:
+    """Return the networks of a recogniser as an export writes and a device opens them."""
+    opened = {}
+    with TemporaryDirectory() as folder:
+        for name, _, load in source.parts:
+            traced, file = Path(folder, f"{name}.onnx"), Path(folder, name, "model.onnx")
+            with quiet():
+                load().trace(traced)
+            optimise(traced, file)
+            opened[name] = Session(file, threads=1, optimized=True)
+    return opened
+
+
+def latency(source: RecognizerSource, rounds: int) -> Mapping[str, np.ndarray]:
+    """Return seconds (rounds,) of a picture without and with 15 earlier ones, in alternation."""
+    parts, rng = sessions(source), np.random.default_rng(0)
+    side = source.model.backbone.side
+    picture = rng.integers(0, 256, (1, side, side, 3), dtype=np.uint8)
+    backbone, head, adapted = (parts[NAMES[name]] for name in ("backbone", "head", "adapted"))
+    before = backbone.run({"pictures": picture.repeat(PICTURES - 1, 0)})[0]
+    rows = np.array([PICTURES - 1])
+
+    def plain() -> None:
+        head.run({"features": backbone.run({"pictures": picture})[0]})
+
+    def with_history() -> None:
+        (own,) = backbone.run({"pictures": picture})
+        adapted.run({"features": np.concatenate([before, own]), "rows": rows})
+
+    taken = {"backbone and its head": plain, "backbone and ICIIA": with_history}
+    seconds: dict[str, list[float]] = {name: [] for name in taken}
+    for _ in range(rounds + 10):
+        for name, work in taken.items():
+            started = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: np.array(values[10:]) for name, values in seconds.items()}
+
+
+def print_latency(folder: Path, rounds: int) -> None:
+    """Print what one picture takes on one pinned thread, and what 15 of history add to it."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    source = open_recognizer(folder)
+    config = source.model.adapted.iciia.config
+    seconds = latency(source, rounds)
+    (_, plain), (_, more) = seconds.items()
+    click.echo(
+        f"N = {config.layers}, P = {config.groups}, D = {config.width}, {config.classes} classes"
+    )
+    for name, values in seconds.items():
+        low, half = np.quantile(values, (0.05, 0.5)) * 1e3
+        click.echo(f"{name:<24}{half:8.3f} ms median{low:8.3f} ms at best (5 %)")
+    for what, q in (("median", 0.5), ("at best", 0.05)):
+        click.echo(f"  added, {what}: {np.quantile(more, q) / np.quantile(plain, q) - 1:+.1%}")
+
+
 @click.command("iciia_cost")
-def main() -> None:
+@click.option(
+    "--recognizer",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Measure the time that ICIIA of this recogniser adds, instead.",
+)
+@click.option("--rounds", type=click.IntRange(min=20), default=400, show_default=True)
+def main(recognizer: Path | None, rounds: int) -> None:
     """Print table 1: ours, and the paper's in brackets; shares are of our own backbone counts.
 
     "one" is the same answer for a single target, whose last layer leaves the others out.
     """
+    if recognizer is not None:
+        print_latency(recognizer, rounds)
+        return
     click.echo(
         f"{'':<16}{'parameters':>18}{'multiply-adds':>20}{'share':>8}{'one':>10}{'share':>9}"
     )

@@ -28,12 +28,14 @@ from edge_agent.types import (
     OnEvent,
     Preview,
     Queued,
+    Result,
     Step,
 )
 
 if TYPE_CHECKING:
     from edge_agent.agent import EdgeAgent
-    from edge_agent.recognition.recognizer import Recognition, Recognizer
+    from edge_agent.bundle import Bundle
+    from edge_agent.recognition.recognizer import Label, Recognition, Recognizer
     from edge_agent.routing.budget.ledger import Ledger
 
 PROGRAM = "edge-agent"
@@ -148,12 +150,13 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
         _previews(agent, settings, request.prompt, tell) as on_event,
     ):
         result = _cancellable(lambda flag: agent.generate(request, on_event, flag))
+        tags = _tags(agent.bundle, settings, result)
     if not settings.quiet:
         _note_ignored(result.decision)
     file = _output_file(settings.output, result.prompt, result.picture.seed)
-    write_png(file, result.picture.image, png_record(result))
+    write_png(file, result.picture.image, png_record(result, tags))
     if settings.json:
-        _print_json(result_to_json(result, file))
+        _print_json(result_to_json(result, file, tags))
     else:
         click.echo(file)
         if not settings.quiet:
@@ -294,6 +297,27 @@ def _budget(settings: Settings) -> Ledger | None:
 
     limits = Limits(settings.budget_pictures, settings.budget_cost, settings.cloud_cost)
     return Ledger(settings.ledger, limits)
+
+
+def _tags(bundle: Bundle, settings: Settings, result: Result) -> Sequence[Label] | None:
+    """Return what the bundle's recogniser, if it has one, sees in a picture that was drawn."""
+    if bundle.recognizer is None:
+        return None
+    from edge_agent.recognition.recognizer import Recognizer
+
+    try:
+        recognizer = Recognizer(
+            bundle,
+            settings.histories,
+            top=settings.top,
+            provider=settings.provider,
+            memory=settings.memory,
+            threads=settings.threads,
+        )
+        return recognizer.tags(result.picture.image)
+    except AgentError as err:  # no reason to lose the picture
+        _note(f"the picture has no tags: {err}")
+        return None
 
 
 def _forget(settings: Settings, client: str) -> None:

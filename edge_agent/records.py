@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_agent.types import Decision, Result
+
+if TYPE_CHECKING:
+    from edge_agent.recognition.recognizer import Label
+
+Tags = Sequence["Label"] | None  # what is seen in a picture; None where nobody looks
 
 
 def decision_to_json(
@@ -20,7 +25,7 @@ def decision_to_json(
     }
 
 
-def result_to_json(result: Result, file: Path | None = None) -> dict[str, Any]:
+def result_to_json(result: Result, file: Path | None = None, tags: Tags = None) -> dict[str, Any]:
     """Return a result, with the path of its picture, as `edge-agent generate --json` prints it."""
     picture = result.picture
     return {
@@ -36,10 +41,11 @@ def result_to_json(result: Result, file: Path | None = None) -> dict[str, Any]:
         "timings_ms": _rounded(result.timings_ms, 3),
         "drawing_ms": _rounded(picture.timings_ms, 3),
         "peak_rss_bytes": result.peak_rss,
+        **_tags(tags),
     }
 
 
-def png_record(result: Result) -> dict[str, Any]:
+def png_record(result: Result, tags: Tags = None) -> dict[str, Any]:
     """Return what a picture says of itself.
 
     Times and request ids are left out, so that one request drawn twice gives equal files.
@@ -52,7 +58,14 @@ def png_record(result: Result) -> dict[str, Any]:
         "fallback_from": None if result.fallback_from is None else result.fallback_from.value,
         "models": dict(result.models),
         "backends": dict(result.backends),
+        **_tags(tags),
     }
+
+
+def _tags(tags: Tags) -> dict[str, Any]:
+    if tags is None:
+        return {}
+    return {"tags": [{"name": t.name, "probability": round(t.probability, 4)} for t in tags]}
 
 
 def _settings(result: Result) -> dict[str, Any]:

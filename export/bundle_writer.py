@@ -25,7 +25,8 @@ DIFFUSION_TEXTS = ("text_encoder_diffusion", "text_encoder_diffusion_2")
 PREVIEW_DECODER = "preview_decoder"
 TEXT_ENCODERS = (ROUTER_TEXT, *DIFFUSION_TEXTS)
 RECOGNIZER = ("recognizer_backbone", "recognizer_head", "recognizer_adapted")
-COMPONENTS = (*TEXT_ENCODERS, "predictor", "unet", "transformer", "vae_decoder", *RECOGNIZER)
+DECODERS = ("vae_decoder", PREVIEW_DECODER)
+COMPONENTS = (*TEXT_ENCODERS, "predictor", "unet", "transformer", *DECODERS, *RECOGNIZER)
 
 
 def tokenizer_file(component: str) -> str:

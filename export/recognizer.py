@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cloud_server.errors import ModelError
 from cloud_server.training.iciia.recognizer import BACKBONE, CONFIG, WEIGHTS, Adapted, Recognizer
 from edge_agent.config import LONGEST_HISTORY
+from export import attention
 from export.errors import ExportError
 from export.files import digest_of
 from export.network import Network, trace_symbolically
@@ -99,6 +100,14 @@ def _adapted(model: Adapted) -> Network:
     dims = ({0: pictures}, {0: torch.export.Dim("rows", max=TOGETHER)})
     samples = [sequence(16, 15), sequence(2, 1), sequence(31, *range(15, 31)), sequence(61, 60)]
     names = ("features", "rows"), ("logits", "gate")
+    if attention.fits(model.iciia):
+        longest = LONGEST_HISTORY + TOGETHER
+        return Network(
+            model.eval(),
+            *names,
+            lambda file: attention.write(model.iciia, model.gate, file, longest),
+            samples,
+        )
     return _network(model, *names, sequence(9, 3, 8, 5), dims, samples)
 
 

@@ -291,7 +291,7 @@ def make_recognizer(folder: Path, seed: int = 0, classes: int = 7) -> Path:
         pretrained_cfg_overlay={"input_size": (3, 32, 32), "crop_pct": 1.0},
     )
     gate = Gate(32)
-    gate.weights[1] = 1.0  # follows the nearest picture
+    gate.weights[0] = 1.0  # follows those that it is near to
     adapted = Adapted(Iciia(IciiaConfig(width=32, classes=classes, groups=8)), gate)
     names = tuple(f"class {i}" for i in range(classes))
     Recognizer(Backbone(network.eval()), adapted.eval(), names, {"seed": seed}).save(folder)

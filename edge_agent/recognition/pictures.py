@@ -46,9 +46,7 @@ def read_picture(file: Path, side: int, crop: float = 1.0) -> Pixels:
     try:
         with _bombs_are_errors(), Image.open(file) as opened:
             opened.draft("RGB", (side, side))  # a JPEG is decoded no larger than it is needed
-            upright = ImageOps.exif_transpose(opened)
-            margin = (1.0 - crop) / 2.0
-            fitted = ImageOps.fit(_in_rgb(upright), (side, side), Image.Resampling.BICUBIC, margin)
+            pixels = square(ImageOps.exif_transpose(opened), side, crop)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise PictureError(
             f"{file} has more than {Image.MAX_IMAGE_PIXELS} pixels, which are too many to read; "
@@ -61,6 +59,15 @@ def read_picture(file: Path, side: int, crop: float = 1.0) -> Pixels:
     except (OSError, SyntaxError, ValueError, EOFError) as err:
         reason = getattr(err, "strerror", None) or str(err)
         raise PictureError(f"{file} cannot be read as a picture ({reason}); replace it") from err
+    return pixels
+
+
+def square(image: Image, side: int, crop: float = 1.0) -> Pixels:
+    """Return the middle square of a picture that is upright already, (side, side, 3)."""
+    from PIL import Image, ImageOps
+
+    margin = (1.0 - crop) / 2.0
+    fitted = ImageOps.fit(_in_rgb(image), (side, side), Image.Resampling.BICUBIC, margin)
     return np.asarray(fitted)
 
 

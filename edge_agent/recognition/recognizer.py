@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,9 +13,12 @@ from edge_agent.bundle import Bundle, RecognizerSpec
 from edge_agent.config import LONGEST_HISTORY
 from edge_agent.errors import BundleError, PictureError
 from edge_agent.recognition.history import Features, History
-from edge_agent.recognition.pictures import Pixels, read_picture
+from edge_agent.recognition.pictures import Pixels, read_picture, square
 from edge_agent.runtime.networks import Networks
 from edge_agent.types import Memory, Provider
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TOGETHER = 16  # pictures of a folder that are each other's context
 
@@ -105,6 +108,13 @@ class Recognizer:
             if read:
                 yield from self._together(read, client)
 
+    def tags(self, image: Image) -> tuple[Label, ...]:
+        """Return what the backbone alone sees in a picture, whoever's it is; nothing is kept."""
+        pixels = square(image, self._spec.side, self._spec.crop)
+        (features,) = self._backbone.run({"pictures": pixels[None]})
+        (logits,) = self._head.run({"features": features})
+        return self._labels(logits[0])
+
     def _read(self, file: Path) -> Pixels:
         return read_picture(file, self._spec.side, self._spec.crop)
 
@@ -114,15 +124,17 @@ class Recognizer:
         kept = History(self._histories, client, spec.digest, spec.width).append(features)
         before = kept.features[max(0, len(kept.features) - self._length) :]
         logits, adapted = self._logits(features, before)
-        names = spec.classes
-        found = []
-        for file, row, asked in zip(pictures, logits, adapted, strict=True):
-            odds = np.exp(row - row.max(), dtype=np.float64)
-            best = np.argsort(-row, kind="stable")[: self._top]
-            labels = tuple(Label(names[i], float(odds[i] / odds.sum())) for i in best)
-            context = len(before) + len(pictures) - 1
-            found.append(Recognition(file, labels, bool(asked), context, kept.note))
-        return found
+        context = len(before) + len(pictures) - 1
+        return [
+            Recognition(file, self._labels(row), bool(asked), context, kept.note)
+            for file, row, asked in zip(pictures, logits, adapted, strict=True)
+        ]
+
+    def _labels(self, logits: Features) -> tuple[Label, ...]:
+        odds = np.exp(logits - logits.max(), dtype=np.float64)
+        best = np.argsort(-logits, kind="stable")[: self._top]
+        names = self._spec.classes
+        return tuple(Label(names[i], float(odds[i] / odds.sum())) for i in best)
 
     def _logits(
         self, features: Features, before: Features

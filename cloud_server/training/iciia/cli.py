@@ -6,12 +6,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cloud_server.errors import ModelError
 from cloud_server.training.loop import Budget
 from cloud_server.training.starter.scenes import FontMissing
+
+if TYPE_CHECKING:
+    from cloud_server.training.iciia.learn import Optimizer
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 _SHARED = (
@@ -39,11 +43,36 @@ _SHARED = (
         "--layers", type=click.IntRange(1, 12), default=2, show_default=True, help="N of ICIIA."
     ),
     click.option(
+        "--groups",
+        type=click.IntRange(min=1),
+        help="P of ICIIA-T; default: 256, or the most that the backbone's width allows.",
+    ),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["sgd", "adamw"]),
+        default="sgd",
+        show_default=True,
+        help="The paper's, or one that needs fewer epochs.",
+    ),
+    click.option(
+        "--learning-rate",
+        type=click.FloatRange(min=0, min_open=True),
+        default=0.01,
+        show_default=True,
+    ),
+    click.option(
+        "--clients-at-once",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Whose batches make one step, side by side.",
+    ),
+    click.option(
         "--epochs",
         type=click.IntRange(min=1),
         default=100,
         show_default=True,
-        help="At most; ten without a gain end it before.",
+        help="With sgd at most: ten without a gain end it before.",
     ),
     click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."),
@@ -93,6 +122,10 @@ def train_recognizer(
     clients: str | None,
     work: Path,
     layers: int,
+    groups: int | None,
+    optimizer: Optimizer,
+    learning_rate: float,
+    clients_at_once: int,
     epochs: int,
     device: str | None,
     threads: int | None,
@@ -109,6 +142,7 @@ def train_recognizer(
     The pictures are those of a MANIFEST, a CSV of image,label,client,split beside its image
     folder, or of one of two worlds that need no labels of yours: emoji, or omniglot.
     """
+    from cloud_server.training.iciia.learn import Schedule
     from cloud_server.training.iciia.train import Plan, train
 
     budget = Budget(steps=steps) if steps else Budget(minutes=minutes)
@@ -119,7 +153,8 @@ def train_recognizer(
             clients=clients,
             work=work,
             layers=layers,
-            epochs=epochs,
+            groups=groups,
+            schedule=Schedule(optimizer, learning_rate, clients_at_once, epochs=epochs),
             device=_device(device, threads),
             backbone=backbone,
             backbone_budget=budget,
@@ -144,6 +179,9 @@ def train_recognizer(
     "--seeds", type=click.IntRange(1, 20), default=3, show_default=True, help="Trainings of each."
 )
 @click.option(
+    "--sweep", is_flag=True, help="Other numbers of layers and of groups too: many more trainings."
+)
+@click.option(
     "-o", "--out", type=FOLDER, required=True, help="Folder for report.json and report.html."
 )
 def evaluate_recognizer(
@@ -152,11 +190,16 @@ def evaluate_recognizer(
     clients: str | None,
     work: Path,
     layers: int,
+    groups: int | None,
+    optimizer: Optimizer,
+    learning_rate: float,
+    clients_at_once: int,
     epochs: int,
     device: str | None,
     threads: int | None,
     recognizer: Path,
     seeds: int,
+    sweep: bool,
     out: Path,
 ) -> None:
     """Measure ICIIA beside its baselines and ablations, each trained here with several seeds.
@@ -178,15 +221,21 @@ def evaluate_recognizer(
             cohort=cohort,
             classifier=model.backbone.classifier,
             layers=layers,
-            schedule=Schedule(epochs=epochs),
+            groups=groups,
+            schedule=Schedule(optimizer, learning_rate, clients_at_once, epochs=epochs),
             seeds=tuple(range(seeds)),
             work=work,
+            sweep=sweep,
         )
         report = evaluate(subject, lambda what: click.echo(what, err=True))
     name = f"{Path(source).stem}, clients by {clients}" if clients else Path(source).stem
     command = (
         f"cloud-server evaluate-recognizer {source} --recognizer {recognizer} --layers {layers} "
-        f"--epochs {epochs} --seeds {seeds}" + (f" --clients {clients}" if clients else "")
+        f"--optimizer {optimizer} --learning-rate {learning_rate:g} "
+        f"--clients-at-once {clients_at_once} --epochs {epochs} --seeds {seeds}"
+        + (f" --groups {groups}" if groups else "")
+        + (f" --clients {clients}" if clients else "")
+        + (" --sweep" if sweep else "")
     )
     report = {"title": name, "command": command, **report}
     out.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from cloud_server.training.iciia.baselines import fine_tuned, head_trained_on, prompt_tuned
 from cloud_server.training.iciia.gate import LEVELS, fit_gate
 from cloud_server.training.iciia.learn import (
     SEQUENCE,
@@ -23,16 +23,21 @@ from cloud_server.training.iciia.learn import (
     train,
 )
 from cloud_server.training.iciia.module import Iciia, IciiaConfig, tiny_groups
-from cloud_server.training.iciia.samples import Ints, mixed_clients
+from cloud_server.training.iciia.samples import mixed_clients
 
 HISTORIES = (0, 1, 2, 3, 5, 8, 15, 30, 40, 60)
 TARGETS = 4000  # of the test split, for a point of a curve
+SWEPT_LAYERS, SWEPT_GROUPS = (1, 2, 3), (1, 4, 16, 64)
 Told = Callable[[str], None]
+Baseline = Callable[[Cohort, nn.Linear, Schedule, int], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is measured: a cohort, the backbone's own `classifier`, N, and how to train."""
+    """What is measured: a cohort, the backbone's own `classifier`, N, and how to train.
+
+    With `sweep` other numbers of layers and groups too.
+    """
 
     cohort: Cohort
     classifier: nn.Linear
@@ -40,12 +45,15 @@ class Subject:
     schedule: Schedule
     seeds: tuple[int, ...]
     work: Path
+    groups: int | None = None  # P of T, when it is not the usual one
+    sweep: bool = False
 
     @property
     def tiny(self) -> IciiaConfig:
         """The sizes of ICIIA-T."""
         width, classes = self.classifier.in_features, self.classifier.out_features
-        return IciiaConfig(width, classes, self.layers, groups=tiny_groups(width))
+        groups = self.groups or tiny_groups(width)
+        return IciiaConfig(width, classes, self.layers, groups=groups)
 
     @property
     def methods(self) -> dict[str, IciiaConfig]:
@@ -61,7 +69,15 @@ class Subject:
 
     def trained(self, config: IciiaConfig, seed: int, cohort: Cohort | None = None) -> Iciia:
         """Return a form trained on the cohort, or on another one of the same features."""
-        return train(cohort or self.cohort, config, self.schedule, seed, self.work, shown=False)[0]
+        return train(
+            cohort or self.cohort,
+            config,
+            self.schedule,
+            seed,
+            self.work,
+            start=self.classifier,
+            shown=False,
+        )[0]
 
     def mixed(self, level: float, seed: int) -> Cohort:
         """Return the cohort with its clients mixed to a heterogeneity level."""
@@ -78,11 +94,11 @@ def evaluate(subject: Subject, tell: Told = lambda _: None) -> dict[str, Any]:
     right = (named == torch.from_numpy(cohort.labels)).numpy()
     everyone = np.concatenate(test)
     table: dict[str, list[float]] = {"backbone": [100 * float(right[everyone].mean())]}
-    seen = set(cohort.clients[cohort.splits == 0].tolist())
-    if all(int(cohort.clients[client[0]]) in seen for client in test):
-        tell("fine-tuned heads")
-        table["fine-tuned head per client"] = [
-            100 * _fine_tuned(subject, seed) for seed in subject.seeds
+    for name, measure in _baselines(cohort).items():
+        tell(name)
+        table[name] = [
+            100 * measure(cohort, subject.classifier, subject.schedule, seed)
+            for seed in subject.seeds
         ]
     for name, config in subject.methods.items():
         for seed in subject.seeds:
@@ -91,7 +107,8 @@ def evaluate(subject: Subject, tell: Told = lambda _: None) -> dict[str, Any]:
             table.setdefault(name, []).append(100 * accuracy(model, cohort, test))
     tell("histories")
     histories = _histories(subject, named)
-    tell("heterogeneity")
+    heterogeneity = _heterogeneity(subject, named, tell)
+    swept = {"sweep": _sweep(subject, tell)} if subject.sweep else {}
     return {
         "settings": {
             "schedule": asdict(subject.schedule),
@@ -105,9 +122,39 @@ def evaluate(subject: Subject, tell: Told = lambda _: None) -> dict[str, Any]:
         },
         "accuracy": {name: summary(values) for name, values in table.items()},
         "history": histories,
-        "heterogeneity": _heterogeneity(subject, named, tell),
+        "heterogeneity": heterogeneity,
+        **swept,
         "cost": _cost(subject.tiny),
     }
+
+
+def _baselines(cohort: Cohort) -> Mapping[str, Baseline]:
+    """Return what can be measured: labels of a client are there only if it was met in training."""
+    found: dict[str, Baseline] = {"backbone's head trained on, no client": head_trained_on}
+    seen = set(cohort.clients[cohort.splits == 0].tolist())
+    if all(int(cohort.clients[client[0]]) in seen for client in cohort.of("test")):
+        found["fine-tuned head per client, by its labels"] = fine_tuned
+        found["prompt tuning per client, by its labels"] = prompt_tuned
+    return found
+
+
+def _sweep(subject: Subject, tell: Told) -> dict[str, dict[str, dict[str, Any]]]:
+    """Accuracy by N (layers) and P (groups), and of the subject's N without the shuffle."""
+    cohort, test = subject.cohort, subject.cohort.of("test")
+    most = subject.tiny.groups
+    sizes = [groups for groups in SWEPT_GROUPS if groups < most and not most % groups] + [most]
+    rows = {f"N = {n}": replace(subject.tiny, layers=n) for n in SWEPT_LAYERS}
+    rows["no shuffle"] = replace(subject.tiny, shuffle=False)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, config in rows.items():
+        for groups in sizes if config.shuffle else sizes[1:]:
+            tell(f"{name}, P = {groups}")
+            shares = [
+                100 * accuracy(subject.trained(replace(config, groups=groups), seed), cohort, test)
+                for seed in subject.seeds
+            ]
+            found.setdefault(name, {})[str(groups)] = summary(shares)
+    return found
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -178,62 +225,3 @@ def _heterogeneity(subject: Subject, named: Tensor, tell: Told) -> dict[str, dic
                 share = 100 * (answer == wanted).float().mean().item()
                 found.setdefault(name, {}).setdefault(f"{level:g}", []).append(share)
     return {n: {k: summary(v) for k, v in curve.items()} for n, curve in found.items()}
-
-
-def _fine_tuned(subject: Subject, seed: int) -> float:
-    """Return the accuracy of the backbone's head trained on by each client's own labels."""
-    right = total = 0
-    for parts in _splits_of_clients(subject.cohort):
-        x, y = zip(*(_rows(subject.cohort, part) for part in parts), strict=True)
-        head = _head_of(subject.classifier, x, y, subject.schedule, seed)
-        with torch.inference_mode():
-            right += int((head(x[2]).argmax(-1) == y[2]).sum())
-        total += len(y[2])
-    return right / total
-
-
-def _splits_of_clients(cohort: Cohort) -> Iterator[tuple[Ints, Ints, Ints]]:
-    for client in np.unique(cohort.clients[cohort.splits == 2]):
-        own = cohort.clients == client
-        train_, val, test = (np.flatnonzero(own & (cohort.splits == code)) for code in range(3))
-        yield train_, val, test
-
-
-def _rows(cohort: Cohort, part: Ints) -> tuple[Tensor, Tensor]:
-    return cohort.features[part], torch.from_numpy(cohort.labels)[part]
-
-
-def _head_of(
-    classifier: nn.Linear,
-    x: Sequence[Tensor],
-    y: Sequence[Tensor],
-    schedule: Schedule,
-    seed: int,
-) -> nn.Linear:
-    head = nn.Linear(classifier.in_features, classifier.out_features)
-    head.load_state_dict(classifier.state_dict())
-    optimizer = torch.optim.SGD(head.parameters(), lr=schedule.learning_rate)
-    order = np.random.default_rng(seed)
-    best, waited, kept = _share(head, x[1], y[1]), 0, _copy(head)
-    for _ in range(schedule.epochs):
-        for batch in np.array_split(order.permutation(len(y[0])), max(1, len(y[0]) // SEQUENCE)):
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(head(x[0][batch]), y[0][batch]).backward()
-            nn.utils.clip_grad_norm_(head.parameters(), schedule.clip)
-            optimizer.step()
-        share, waited = _share(head, x[1], y[1]), waited + 1
-        if share > best:
-            best, waited, kept = share, 0, _copy(head)
-        if waited >= schedule.patience:
-            break
-    head.load_state_dict(kept)
-    return head
-
-
-def _copy(head: nn.Linear) -> dict[str, Tensor]:
-    return {name: weight.clone() for name, weight in head.state_dict().items()}
-
-
-@torch.inference_mode()
-def _share(head: nn.Linear, x: Tensor, y: Tensor) -> float:
-    return float((head(x).argmax(-1) == y).float().mean()) if len(y) else 0.0

@@ -18,7 +18,7 @@ from cloud_server.training.iciia.learn import Cohort, answers, stream
 from cloud_server.training.iciia.module import Iciia
 from cloud_server.training.iciia.samples import Ints, by_client, mixed_clients
 
-SIGNS = ("log_length", "nearest", "mean", "among_themselves", "one")
+SIGNS = ("own", "crowd", "share", "one")
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTHS = (1, 2, 3, 5, 8, 15, 30, 60)
 TARGETS = 2000  # for each level and length
@@ -28,9 +28,9 @@ _DECAY = 1e-3
 class Gate(nn.Module):
     """Sequences (..., B, D) and rows (n,) to (..., n): above 0 where the module is to be asked.
 
-    A logistic rule on `SIGNS` of the other B - 1 >= 1 pictures: their number, the cosines of the
-    picture to them (the largest, the mean), and their mean cosine among themselves. Vectors count
-    from `centre`, the mean of all features.
+    A logistic rule on `SIGNS`: how near the picture is to all B >= 2, the mean of their cosines;
+    how near all are to each other; and what share of all one picture is, since its own cosine of 1
+    counts. Vectors count from `centre`, the mean of all features.
     """
 
     centre: Tensor
@@ -45,17 +45,13 @@ class Gate(nn.Module):
         return self.signs(features, rows) @ self.weights
 
     def signs(self, features: Tensor, rows: Tensor) -> Tensor:
-        """Return what the rule goes by, (..., n, 5)."""
+        """Return what the rule goes by, (..., n, 4)."""
         unit = F.normalize(features - self.centre, dim=-1)  # (..., B, D)
-        own = unit.index_select(-2, rows)  # (..., n, D)
-        cosines = own @ unit.transpose(-2, -1)  # (..., n, B)
-        itself = rows[:, None] == torch.arange(features.shape[-2])
-        nearest = cosines.masked_fill(itself, -1.0).amax(-1)
-        rest = unit.sum(-2, keepdim=True) - own
-        k = torch.full_like(nearest, features.shape[-2] - 1)
-        mean = (own * rest).sum(-1) / k
-        among = ((rest * rest).sum(-1) - k) / (k * (k - 1)).clamp_min(1)
-        return torch.stack([k.log(), nearest, mean, among, torch.ones_like(k)], -1)
+        cosines = (unit @ unit.mean(-2, keepdim=True).transpose(-2, -1)).squeeze(-1)  # (..., B)
+        own = cosines.index_select(-1, rows)
+        crowd = cosines.mean(-1, keepdim=True).expand_as(own)
+        one = torch.ones_like(own)
+        return torch.stack([own, crowd, one / features.shape[-2], one], -1)
 
 
 def fit_gate(model: Iciia, plain: Tensor, cohort: Cohort, seed: int) -> Gate:

@@ -1,16 +1,19 @@
 """The one training run (section 3.3): the backbone is frozen, every batch is of one client.
 
 Beyond the paper a client's pictures are shuffled anew in every epoch and the length of batches
-varies, because a device meets its pictures in any order and starts with few.
+varies, because a device meets its pictures in any order and starts with few; and a step goes by
+the batches of several clients side by side, none of which sees another, which costs a third.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,17 +27,30 @@ from cloud_server.training.iciia.samples import SPLITS, Ints, by_client
 
 SEQUENCE = 16  # pictures: 15 of history and the one asked for
 SHORTEST, LONGEST = 2, 32
+WARMUP = 0.05  # of the steps
+Optimizer = Literal["sgd", "adamw"]
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The paper's settings (supplement A.2), its epochs and patience as upper bounds."""
+    """The paper's settings (supplement A.2), its epochs and patience as upper bounds.
 
+    With "sgd" the rate is constant and that of a step by one client; one by `clients` goes as many
+    times as far. With "adamw" it rises over the first twentieth and falls to nothing at the end,
+    which a few epochs are enough for; there is no early stop, the best epoch is kept.
+    """
+
+    optimizer: Optimizer = "sgd"
     learning_rate: float = 0.01
+    clients: int = 16
     clip: float = 5.0
     epochs: int = 100
-    patience: int = 10
+    patience: int = 10  # epochs without a gain that end an "sgd" run
     varied: float = 0.5  # share of batches that are of another length than SEQUENCE
+
+    def over(self, waited: int) -> bool:
+        """Whether so many epochs without a gain end the run."""
+        return self.optimizer == "sgd" and waited >= self.patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,46 +81,76 @@ def train(
     seed: int,
     work: Path,
     *,
+    start: nn.Linear | None = None,
     shown: bool = True,
 ) -> tuple[Iciia, float]:
     """Return the module of the best epoch and its accuracy on the validation split.
 
-    The state after each epoch lies in `work`; the same call goes on from there after a kill.
+    It begins with the head `start`, the backbone's, or with a fresh one. The state after each
+    epoch lies in `work`; the same call goes on from there after a kill.
     """
     torch.manual_seed(seed)
     model = Iciia(config)
-    optimizer = torch.optim.SGD(model.parameters(), lr=schedule.learning_rate)
-    about = f"{config} {schedule} {seed} {cohort.digest()}"
+    train_clients, val_clients = cohort.of("train"), cohort.of("val")
+    if start is not None:
+        model.begin_as(start, cohort.features[np.concatenate(train_clients)])
+    steps = _Steps(model, schedule)
+    head = start is not None and hashlib.sha256(start.weight.detach().numpy().tobytes()).hexdigest()
+    about = f"{config} {schedule} {seed} {cohort.digest()} {head}"
     file = work / f"iciia-{hashlib.sha256(about.encode()).hexdigest()[:16]}.pt"
     labels = torch.from_numpy(cohort.labels)
-    train_clients, val_clients = cohort.of("train"), cohort.of("val")
     epoch, best, waited = 0, -1.0, 0
     kept = {k: v.clone() for k, v in model.state_dict().items()}
     if file.is_file():
         state = torch.load(file, weights_only=True)
         model.load_state_dict(state["model"])
+        steps.optimizer.load_state_dict(state["optimizer"])
         kept, epoch, best, waited = (state[k] for k in ("kept", "epoch", "best", "waited"))
     with tqdm(total=schedule.epochs, initial=epoch, unit="epoch", disable=not shown) as bar:
-        while epoch < schedule.epochs and waited < schedule.patience:
+        while epoch < schedule.epochs and not schedule.over(waited):
             torch.manual_seed(seed * 100_003 + epoch)  # dropout, also after a resume
             model.train()
-            for batch in batches(train_clients, schedule.varied, (seed, epoch)):
-                loss = F.cross_entropy(model(cohort.features[batch]), labels[batch])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-                optimizer.step()
+            cut = list(stacks(train_clients, schedule, (seed, epoch)))
+            for i, batch in enumerate(cut):
+                logits = model(cohort.features[batch])
+                loss = F.cross_entropy(logits.flatten(0, -2), labels[batch].flatten())
+                steps.step(loss, (epoch + i / len(cut)) / schedule.epochs)
             right = accuracy(model, cohort, val_clients)
             epoch, waited = epoch + 1, waited + 1
             if right > best:
                 best, waited = right, 0
                 kept = {k: v.clone() for k, v in model.state_dict().items()}
             state = {"kept": kept, "epoch": epoch, "best": best, "waited": waited}
-            _save({"model": model.state_dict(), **state}, file)
+            state |= {"model": model.state_dict(), "optimizer": steps.optimizer.state_dict()}
+            _save(state, file)
             bar.set_postfix(val=f"{right:.2%}", best=f"{best:.2%}")
             bar.update()
     model.load_state_dict(kept)
+    model.settle()
     return model.eval(), best
+
+
+class _Steps:
+    """Steps of the schedule's optimizer, by how much of the epochs is over."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizer: torch.optim.Optimizer
+        if schedule.optimizer == "sgd":
+            rate = schedule.learning_rate * schedule.clients
+            self.optimizer = torch.optim.SGD(self.weights, lr=rate)
+        else:
+            self.optimizer = torch.optim.AdamW(self.weights, lr=schedule.learning_rate)
+
+    def step(self, loss: Tensor, progress: float) -> None:
+        if self.schedule.optimizer == "adamw":
+            share = min(1.0, progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * progress))
+            self.optimizer.param_groups[0]["lr"] = self.schedule.learning_rate * share
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.weights, self.schedule.clip)
+        self.optimizer.step()
 
 
 def batches(clients: Sequence[Ints], varied: float, seed: tuple[int, ...]) -> Iterator[Ints]:
@@ -121,6 +167,19 @@ def batches(clients: Sequence[Ints], varied: float, seed: tuple[int, ...]) -> It
             left = left[length:]
     for i in rng.permutation(len(cut)):
         yield cut[i]
+
+
+def stacks(clients: Sequence[Ints], schedule: Schedule, seed: tuple[int, ...]) -> Iterator[Ints]:
+    """Yield batches of equal length side by side, (at most `schedule.clients`, length)."""
+    waiting: dict[int, list[Ints]] = {}
+    for batch in batches(clients, schedule.varied, seed):
+        same = waiting.setdefault(len(batch), [])
+        same.append(batch)
+        if len(same) == schedule.clients:
+            yield np.stack(waiting.pop(len(batch)))
+    rest = list(waiting.values())
+    for i in np.random.default_rng(seed).permutation(len(rest)):
+        yield np.stack(rest[i])
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TINY_GROUPS = 256  # P of ICIIA-T; P = 1 is ICIIA-B
+_AT_FIRST = 0.1  # of the usual size: what a layer adds to its input, where it begins as a backbone
 Mixing = Literal["attention", "convolution", "none"]
 
 
@@ -183,7 +184,39 @@ class Iciia(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.head = nn.Linear(config.width, config.classes)
+        self.head: nn.Module = nn.Linear(config.width, config.classes)
+
+    @torch.no_grad()
+    def begin_as(self, classifier: nn.Linear, features: Tensor) -> None:
+        """Start close to what the backbone says: with its own head, and layers that add little.
+
+        The last norm gives vectors back the mean and the spread of the `features` (n, D). What is
+        learnt of the head is a map (D, D) before the backbone's, for which few pictures a class
+        are enough; `settle` makes one linear head of both.
+        """
+        width = classifier.in_features
+        turn, own = nn.Linear(width, width), nn.Linear(width, classifier.out_features)
+        nn.init.eye_(turn.weight)
+        nn.init.zeros_(turn.bias)
+        own.load_state_dict(classifier.state_dict())
+        self.head = nn.Sequential(turn, own.requires_grad_(False))
+        last = self.layers[-1].norm2
+        last.weight.fill_(features.std(-1, unbiased=False).mean())
+        last.bias.fill_(features.mean())
+        for layer in self.layers:
+            for projection in (layer.mix.out, layer.mlp2):
+                projection.weight.mul_(_AT_FIRST)
+                projection.bias.zero_()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the head one linear layer again, which says the same."""
+        if isinstance(self.head, nn.Sequential):
+            turn, own = self.head
+            head = nn.Linear(turn.in_features, own.out_features)
+            head.weight.copy_(own.weight @ turn.weight)
+            head.bias.copy_(own.weight @ turn.bias + own.bias)
+            self.head = head
 
     def forward(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         *before, last = self.layers

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation on one page: a table and two curves, nothing to fetch."""
+"""The numbers of an evaluation on one page: tables and curves, nothing to fetch."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def page(report: Mapping[str, Any]) -> str:
         f"{_curves(report['history'], 'earlier pictures of the client')}"
         "<h2>Heterogeneity of clients, 15 pictures of history</h2>"
         f"{_curves(report['heterogeneity'], '0: all clients alike, 1: as they are')}"
+        f"{_sweep(report.get('sweep', {}))}"
         f"<h2>Cost of ICIIA-T</h2><p>{html.escape(cost)}</p>"
         f"<h2>Settings</h2><p>{html.escape(settings)}</p>"
         f"<p><code>{html.escape(report['command'])}</code></p>\n"
@@ -46,10 +47,18 @@ def _table(accuracy: Mapping[str, Any]) -> str:
     return f"<table><tr><th>method<th>accuracy<th>over the backbone{rows}</table>"
 
 
+def _sweep(curves: Mapping[str, Any]) -> str:
+    if not curves:
+        return ""
+    head = "<h2>Layers N and groups P, pictures 16 at a time</h2>"
+    return head + _drawn(curves, "groups P", scale="log") + _points(curves)
+
+
 def _points(curves: Mapping[str, Any]) -> str:
     heads = list(next(iter(curves.values())))
     rows = "".join(
-        f"<tr><td>{html.escape(name)}" + "".join(f"<td>{shown(curve[k])}" for k in heads)
+        f"<tr><td>{html.escape(name)}"
+        + "".join(f"<td>{shown(curve[k]) if k in curve else ''}" for k in heads)
         for name, curve in curves.items()
     )
     return "<table><tr><th>" + "".join(f"<th>{k}" for k in heads) + rows + "</table>"
@@ -65,7 +74,7 @@ def _curves(curves: Mapping[str, Any], axis: str) -> str:
     return _drawn(curves, axis) + _points(curves) if curves else "<p>No client has enough.</p>"
 
 
-def _drawn(curves: Mapping[str, Any], axis: str) -> str:
+def _drawn(curves: Mapping[str, Any], axis: str, scale: str = "linear") -> str:
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
@@ -73,7 +82,10 @@ def _drawn(curves: Mapping[str, Any], axis: str) -> str:
         means = [value["mean"] for value in curve.values()]
         errors = [value["error"] or 0.0 for value in curve.values()]
         axes.errorbar(places, means, errors, label=name, marker=".", capsize=2, linewidth=1.2)
-    axes.set(xlabel=axis, ylabel="accuracy, %")
+    axes.set(xlabel=axis, ylabel="accuracy, %", xscale=scale)
+    if scale == "log":
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     drawn = io.StringIO()

@@ -18,13 +18,16 @@ from edge_agent.errors import PictureError
 from edge_agent.recognition.pictures import Pixels, read_picture
 
 Ints = NDArray[np.int64]
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test", "lesson")
 COLUMNS = ("image", "label", "client", "split")
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
     """N pictures by index; `clients` holds a client number each, (N,), by definition of client.
+
+    Those of the split `lesson`, if any, are for the backbone alone: the module, which is to learn
+    where the backbone errs, needs pictures that the backbone did not learn from.
 
     `draw(i)` gives the pictures of indices i, (n, side, side, 3). `lesson(step, n)` gives pictures
     and labels to train a backbone on: another batch every step, the same for the same step.
@@ -48,6 +51,7 @@ class Samples:
 def read_manifest(file: Path, side: int, crop: float = 1.0) -> Samples:
     """Read a CSV of image,label,client,split; images are files below the folder that it lies in.
 
+    A backbone's lessons are the lines of split `lesson`, or of `train` where there are none.
     Raises ModelError naming line and value.
     """
     try:
@@ -62,7 +66,7 @@ def read_manifest(file: Path, side: int, crop: float = 1.0) -> Samples:
             f"{','.join(COLUMNS)}"
         )
     rows = [_checked(row, number, file) for number, row in enumerate(reader, 2)]
-    for split in SPLITS:
+    for split in SPLITS[:3]:
         if all(row["split"] != split for row in rows):
             raise ModelError(f"the manifest {file} has no line of split {split!r}; add some")
     classes = tuple(sorted({row["label"] for row in rows}))
@@ -77,11 +81,12 @@ def read_manifest(file: Path, side: int, crop: float = 1.0) -> Samples:
         except PictureError as err:
             raise ModelError(f"{err}; or take its line out of {file}") from err
 
-    train = np.flatnonzero(splits == 0)
+    of_split = [np.flatnonzero(splits == SPLITS.index(split)) for split in ("lesson", "train")]
+    learnt = of_split[0] if len(of_split[0]) else of_split[1]
 
     def lesson(step: int, n: int) -> tuple[Pixels, Ints]:
         rng = np.random.default_rng((1, step))
-        chosen = rng.choice(train, n)
+        chosen = rng.choice(learnt, n)
         return turned(draw(chosen), random_turns(rng, n)), labels[chosen]
 
     return Samples(

@@ -34,7 +34,8 @@ class Plan:
     clients: str | None
     work: Path
     layers: int
-    epochs: int
+    groups: int | None
+    schedule: Schedule
     device: str
     backbone: str | None
     backbone_budget: Budget
@@ -114,10 +115,11 @@ def train(plan: Plan, out: Path) -> Iterator[str]:
         width=backbone.width,
         classes=len(samples.classes),
         layers=plan.layers,
-        groups=tiny_groups(backbone.width) if plan.form == "tiny" else 1,
+        groups=(plan.groups or tiny_groups(backbone.width)) if plan.form == "tiny" else 1,
     )
-    schedule = Schedule(epochs=plan.epochs)
-    model, right = learn(learnt, config, schedule, plan.seed, plan.work)
+    model, right = learn(
+        learnt, config, plan.schedule, plan.seed, plan.work, start=backbone.classifier
+    )
     yield f"with 15 others of the same client {right:.2%}"
     gate = fit_gate(model, named, cohort, plan.seed)
     about = {
@@ -125,7 +127,7 @@ def train(plan: Plan, out: Path) -> Iterator[str]:
         "clients": plan.clients or next(iter(samples.clients)),
         "heterogeneity": plan.heterogeneity,
         "seed": plan.seed,
-        "schedule": asdict(schedule),
+        "schedule": asdict(plan.schedule),
         "validation": {"backbone": plain, "iciia": right},
     }
     Recognizer(backbone, Adapted(model, gate).eval(), samples.classes, about).save(out)

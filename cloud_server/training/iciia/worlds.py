@@ -28,8 +28,15 @@ PICTURES_OF_A_CLASS: Final = {"train": 24, "val": 6, "test": 10}
 SMALLEST, NOISIEST = 0.25, 0.25  # emoji, of the side; spread of noise, of the range of pixels
 CLASSES_OF_A_CLIENT: Final = 15
 PICTURES_IN_A_CLIENT: Final = {"train": 6, "val": 6, "test": 5}  # of each of its classes
-DRAWERS: Final = {"train": range(1, 14), "val": range(14, 16), "test": range(16, 21)}
-VIEWS: Final = 6  # of each drawing that is learnt from
+# A backbone knows the drawings that it learnt from by heart; a module that learnt from its answers
+# to the same ones would never see it in doubt. So other people drew for the one than for the other.
+DRAWERS: Final = {
+    "lesson": range(1, 5),
+    "train": range(5, 14),
+    "val": range(14, 16),
+    "test": range(16, 21),
+}
+VIEWS: Final = 6  # of each drawing that the module learns from
 _LINE = re.compile(r"([0-9A-F ]+?)\s*; fully-qualified\s+# \S+ E[\d.]+ (.+)")
 _CHUNK = 256  # pictures drawn by one generator
 
@@ -94,9 +101,10 @@ class EmojiWorld:
     def samples(self) -> Samples:
         """Return the pictures of all splits, and clients by subgroup and by random classes."""
         c = len(self.emoji)
-        counts = [PICTURES_OF_A_CLASS[split] for split in SPLITS]
+        counts = list(PICTURES_OF_A_CLASS.values())
         labels = np.concatenate([np.tile(np.arange(c), n) for n in counts])
-        splits = np.repeat(np.arange(3, dtype=np.int8), [n * c for n in counts])
+        codes = [SPLITS.index(split) for split in PICTURES_OF_A_CLASS]
+        splits = np.repeat(np.array(codes, np.int8), [n * c for n in counts])
         groups = [one.subgroup for one in self.emoji]
         numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
         subgroup = np.array([numbers[name] for name in groups], np.int64)[labels]
@@ -117,8 +125,9 @@ class EmojiWorld:
         """Deal each split to clients of 15 random classes; no two splits share a client."""
         rng, c = np.random.default_rng((self.seed, 3)), len(self.emoji)
         clients, number = np.empty(len(labels), np.int64), 0
-        for code, split in enumerate(SPLITS):
-            copies = np.flatnonzero(splits == code).reshape(-1, c)  # (pictures of a class, C)
+        for split in PICTURES_OF_A_CLASS:
+            here = np.flatnonzero(splits == SPLITS.index(split))
+            copies = here.reshape(-1, c)  # (pictures of a class, C)
             for start in range(0, len(copies), PICTURES_IN_A_CLIENT[split]):
                 of_class = rng.permutation(c) // CLASSES_OF_A_CLIENT + number
                 clients[copies[start : start + PICTURES_IN_A_CLIENT[split]]] = of_class
@@ -175,7 +184,8 @@ class EmojiWorld:
 def omniglot(folder: Path) -> Samples:
     """Read Omniglot's two small background sets, zipped, from `folder`: one class a character.
 
-    Splits are by drawer. Clients are alphabets, or single people, each of whom drew one alphabet.
+    Splits are by drawer, the lessons' too. Clients are alphabets, or single people, each of whom
+    drew one alphabet.
     """
     found: dict[tuple[str, str], dict[int, NDArray[np.uint8]]] = {}
     files = [folder / f"images_background_small{i}.zip" for i in (1, 2)]
@@ -194,24 +204,24 @@ def omniglot(folder: Path) -> Samples:
     classes = sorted(found)
     alphabets = sorted({alphabet for alphabet, _ in classes})
     rows = [
-        (found[key][drawer], label, alphabets.index(key[0]), drawer, SPLITS.index(split), view)
+        (found[key][drawer], label, alphabets.index(key[0]), drawer, SPLITS.index(split))
         for split, drawers in DRAWERS.items()
-        for view in range(VIEWS if split == "train" else 1)
+        for _ in range(VIEWS if split == "train" else 1)
         for drawer in drawers
         for label, key in enumerate(classes)
     ]
     inks = np.stack([row[0] for row in rows])
-    labels, alphabet, drawer, splits, views = np.array([row[1:] for row in rows], np.int64).T
-    train = np.flatnonzero((splits == 0) & (views == 0))
+    labels, alphabet, drawer, splits = np.array([row[1:] for row in rows], np.int64).T
+    learnt = np.flatnonzero(splits == SPLITS.index("lesson"))
     turns = random_turns(np.random.default_rng(4), len(rows))
-    turns[splits != 0] = np.eye(2, 3, dtype=np.float32)
+    turns[splits != SPLITS.index("train")] = np.eye(2, 3, dtype=np.float32)
 
     def draw(indices: Ints) -> Pixels:
         return turned(np.repeat(inks[indices, ..., None], 3, -1), turns[indices])
 
     def lesson(step: int, n: int) -> tuple[Pixels, Ints]:
         rng = np.random.default_rng((5, step))
-        chosen = rng.choice(train, n)
+        chosen = rng.choice(learnt, n)
         pictures = np.repeat(inks[chosen, ..., None], 3, -1)
         return turned(pictures, random_turns(rng, n)), labels[chosen]
 

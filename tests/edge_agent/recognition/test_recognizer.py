@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edge_agent.bundle import open_bundle
 from edge_agent.cli import run
 from edge_agent.errors import BundleError, PictureError
+from edge_agent.gallery.png import read_record
 from edge_agent.recognition.history import History
 from edge_agent.recognition.recognizer import Recognition, Recognizer
 from tests.edge_agent.recognition.conftest import CLASSES, DIGEST
@@ -206,3 +208,27 @@ def test_recognising_loads_no_torch_and_opens_no_socket(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True
     )
     assert ran.stdout.splitlines()[-1:] == ["0 []"], ran.stderr
+
+
+def test_a_drawn_picture_is_tagged_alike_every_time_and_nothing_is_kept(
+    recognizing_bundle: Path, tmp_path: Path
+) -> None:
+    histories = tmp_path / "histories"
+    recognizer = Recognizer(open_bundle(recognizing_bundle), histories, top=2)
+    image = Image.new("RGB", (30, 20), (200, 20, 10))
+    first, again = recognizer.tags(image), recognizer.tags(image)
+    assert [label.name for label in first] == ["red", "dark"]
+    assert first == again
+    assert not histories.exists()
+
+
+def test_generating_with_a_recogniser_writes_tags(
+    recognizing_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.png"
+    env = {"EDGE_AGENT_BUNDLE": str(recognizing_bundle), "EDGE_AGENT_TOP": "2"}
+    assert run(["generate", "a cat", "--seed", "3", "-o", str(out), "--json"], env) == 0
+    printed = json.loads(capsys.readouterr().out)["tags"]
+    assert printed == read_record(out)["tags"]
+    assert len(printed) == 2
+    assert {tag["name"] for tag in printed} <= {"red", "green", "blue", "dark"}

@@ -26,23 +26,25 @@ def report(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> dict:
     small = Cohort(
         cohort.features[few], cohort.labels[few], cohort.splits[few], cohort.clients[few] // 2
     )
-    schedule = Schedule(learning_rate=0.05, epochs=2)
+    schedule = Schedule(learning_rate=0.05, clients=1, epochs=2)
     work = tmp_path_factory.mktemp("work")
-    return evaluate(Subject(small, classifier, 1, schedule, (0, 1), work))
+    return evaluate(Subject(small, classifier, 1, schedule, (0, 1), work, sweep=True))
 
 
 def test_every_method_is_measured_with_every_seed(report: dict) -> None:
     table = report["accuracy"]
     assert list(table) == [
         "backbone",
-        "fine-tuned head per client",
+        "backbone's head trained on, no client",
+        "fine-tuned head per client, by its labels",
+        "prompt tuning per client, by its labels",
         "ICIIA-B",
         "ICIIA-T",
         "ICIIA-T, no shuffle",
         "ICIIA-B, convolution for attention",
         "ICIIA-B, no attention",
     ]
-    assert [len(row["values"]) for row in table.values()] == [1, 2, 2, 2, 2, 2, 2]
+    assert [len(row["values"]) for row in table.values()] == [1] + [2] * 8
     assert all(0 <= value <= 100 for row in table.values() for value in row["values"])
     # A random head is at a fortieth; what learns at all is far from it.
     assert table["ICIIA-B"]["mean"] > 20 > 8 > table["backbone"]["mean"]
@@ -54,6 +56,19 @@ def test_without_history_the_gated_answer_is_the_backbones(report: dict) -> None
     assert list(report["heterogeneity"]["trained at 1, gated"]) == ["0", "0.25", "0.5", "0.75", "1"]
 
 
+def test_layers_and_groups_are_swept(report: dict) -> None:
+    sweep = report["sweep"]
+    assert {name: list(row) for name, row in sweep.items()} == {
+        "N = 1": ["1", "4", "16"],
+        "N = 2": ["1", "4", "16"],
+        "N = 3": ["1", "4", "16"],
+        "no shuffle": ["4", "16"],
+    }
+    table = report["accuracy"]
+    assert sweep["N = 1"]["16"]["values"] == table["ICIIA-T"]["values"]
+    assert sweep["no shuffle"]["16"]["values"] == table["ICIIA-T, no shuffle"]["values"]
+
+
 def test_a_mean_comes_with_its_standard_error() -> None:
     assert summary([1.0, 3.0]) == {"mean": 2.0, "error": pytest.approx(1.0), "values": [1.0, 3.0]}
     assert summary([1.0])["error"] is None
@@ -63,7 +78,7 @@ def test_the_page_holds_the_numbers_and_needs_nothing_else(report: dict) -> None
     text = page({"title": "a <test>", "command": "x", **report})
     assert "a &lt;test&gt;" in text
     assert f"{report['accuracy']['ICIIA-T']['mean']:.2f} ±" in text
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 3
     assert not re.search(r"(src|href)=\"http", text)
 
 

@@ -96,6 +96,25 @@ def test_rows_asked_for_alone_are_the_rows_of_all(mixing: str, layers: int) -> N
     torch.testing.assert_close(model(x, rows), model(x)[rows], atol=1e-5, rtol=1e-5)
 
 
+def test_a_module_begins_close_to_its_backbone() -> None:
+    torch.manual_seed(1)
+    classifier, features = nn.Linear(64, 10), torch.randn(200, 64).relu()
+    model = made(groups=8)
+    model.begin_as(classifier, features)
+    with torch.inference_mode():
+        plain = classifier(features).argmax(-1)
+        alone = model(features[:, None]).squeeze(1).argmax(-1)
+        logits = model(features.view(20, 10, 64))
+        together = logits.flatten(0, 1).argmax(-1)
+        nn.init.normal_(model.head[0].weight)
+        before = model(features)
+        model.settle()
+        torch.testing.assert_close(model(features), before, atol=1e-3, rtol=1e-4)
+    assert isinstance(model.head, nn.Linear)
+    assert (alone == plain).float().mean() > 0.8
+    assert (together == plain).float().mean() > 0.8
+
+
 def test_clients_side_by_side_do_not_mix() -> None:
     model, x = made(groups=8), torch.randn(3, 6, 64)
     torch.testing.assert_close(model(x)[1], model(x[1]), atol=1e-5, rtol=1e-5)

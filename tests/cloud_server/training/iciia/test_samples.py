@@ -31,12 +31,24 @@ def test_lessons_repeat_by_step_and_come_from_training_pictures(manifest: Path) 
     assert not (a == c).all()
 
 
+def test_a_backbone_learns_from_the_lines_that_are_lessons_where_there_are_some(
+    manifest: Path,
+) -> None:
+    lines = manifest.read_text().splitlines()
+    lines[1] = lines[1].replace(",train", ",lesson")
+    manifest.write_text("\n".join(lines))
+    samples = read_manifest(manifest, 16)
+    _, labels = samples.lesson(0, 8)
+    assert labels.tolist() == [0] * 8
+    assert len(samples.of("train")) == 47
+
+
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
         ("image,label,client,split", "image,label,client", "has no column 'split'"),
         ("pictures/5.png", "", "line 7 .* has no image"),
-        ("client 0,test", "client 0,tset", "has the split 'tset'; write train, val, test"),
+        ("client 0,test", "client 0,tset", "has the split 'tset'; write train, val, test, lesson"),
         ("pictures/5.png", "/etc/5.png", "which lies outside the manifest's folder"),
         (",val", ",test", "has no line of split 'val'"),
     ],

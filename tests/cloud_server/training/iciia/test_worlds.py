@@ -94,17 +94,25 @@ def drawings(tmp_path: Path) -> Path:
 def test_omniglot_is_split_by_drawer_and_met_by_alphabet_or_person(drawings: Path) -> None:
     samples = omniglot(drawings)
     assert len(samples.classes) == 4
-    counts = [len(samples.of(split)) for split in ("train", "val", "test")]
-    drawers = [len(DRAWERS[split]) for split in ("train", "val", "test")]
-    assert counts == [4 * drawers[0] * VIEWS, 4 * drawers[1], 4 * drawers[2]]
+    counts = [len(samples.of(split)) for split in DRAWERS]
+    lesson, train, val, test = (4 * len(drawers) for drawers in DRAWERS.values())
+    assert counts == [lesson, train * VIEWS, val, test]
     alphabet, drawer = samples.clients["alphabet"], samples.clients["drawer"]
     assert (alphabet == samples.labels // 2).all()
-    parts = [set(drawer[samples.of(split)]) for split in ("train", "val", "test")]
-    assert not parts[0] & parts[2] | parts[0] & parts[1] | parts[1] & parts[2]
+    parts = [set(drawer[samples.of(split)]) for split in DRAWERS]
+    assert len(set.union(*parts)) == sum(map(len, parts))  # nobody drew for two of them
     test = samples.of("test")
     dark = (samples.draw(test)[..., 0] < 128).mean(axis=(1, 2))
     many, few = drawer[test] % 100 == 20, drawer[test] % 100 == 16
     assert dark[many].min() > dark[few].max()  # as drawn: test pictures are never turned
+
+
+def test_omniglots_lessons_are_by_other_drawers(drawings: Path) -> None:
+    samples = omniglot(drawings)
+    pictures, _ = samples.lesson(0, 64)
+    # A drawer's number is how many rows of ink it drew in here; a turn moves few.
+    rows = (pictures[..., 0].mean(2) < 128).sum(1)
+    assert rows.max() <= 1.5 * 4 * max(DRAWERS["lesson"]) * 64 / 105
 
 
 def test_omniglot_missing_says_where_it_is_from(tmp_path: Path) -> None:
