@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -86,7 +86,8 @@ def main(bundle: Path, starter: Path | None, threads: int, install: bool) -> Non
     rows += _full_size(threads)
     if install:
         rows.append(_install())
-    _print_table(rows)
+    lines = [(row.what, row.value, row.bar, row.peer) for row in rows]
+    print_columns([("what", "measured", "to reach", "beside it"), *lines])
 
 
 def timed(work: Callable[[int], object], count: int, what: str, warm_up: int = 3) -> Times:
@@ -231,11 +232,12 @@ def _print_conditions(threads: int) -> None:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
     load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     click.echo(f"python -m benchmarks {' '.join(sys.argv[1:])}".rstrip())
-    click.echo(f"{_processor()}, {os.cpu_count()} cores, {threads} threads, load average {load}")
+    click.echo(f"{processor()}, {os.cpu_count()} cores, {threads} threads, load average {load}")
     click.echo(f"Python {platform.python_version()}, {versions}\n")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -244,12 +246,15 @@ def _processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _print_table(rows: Iterable[Row]) -> None:
-    lines = [("what", "measured", "to reach", "beside it")]
-    lines += [(row.what, row.value, row.bar, row.peer) for row in rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+def print_columns(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> None:
+    """Print rows, the first of which is the heading, with the columns in `right` flush right."""
+    lines = list(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        padded = (
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         click.echo("  ".join(padded).rstrip())
 
 

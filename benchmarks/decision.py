@@ -42,6 +42,19 @@ VIT_L_14: dict[str, Any] = {
 METRICS = 11
 
 
+def quantized_text(tower: ClipTower, folder: Path) -> None:
+    """Write `tower` to `traced.onnx` in `folder`, and to `int8.onnx` with 8-bit weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    components.text_encoder(tower, tower.context_length).trace(folder / "traced.onnx")
+    quantize_dynamic(
+        folder / "traced.onnx",
+        folder / "int8.onnx",
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        use_external_data_format=True,
+    )
+
+
 @contextmanager
 def decisions(
     sizes: dict[str, Any], words: Sequence[int], threads: int
@@ -63,15 +76,8 @@ def decisions(
     with TemporaryDirectory() as name, warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")  # the exporter's own
         folder = Path(name)
-        components.text_encoder(tower, tower.context_length).trace(folder / "traced.onnx")
+        quantized_text(tower, folder)
         optimise(folder / "traced.onnx", folder / "fp32.onnx")
-        quantize_dynamic(
-            folder / "traced.onnx",
-            folder / "int8.onnx",
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            use_external_data_format=True,
-        )
         predictors = {}
         for kind in ("gated", "linear"):
             model = build(PredictorConfig(tower.width, METRICS, kind=kind)).eval()

@@ -101,13 +101,22 @@ class TokenizerFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class PreviewSpec:
+    """A small decoder's component, and how it scales the denoiser's latents."""
+
+    decoder: str
+    scaling_factor: float
+    shift_factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class DiffusionSpec:
     """How the edge model draws: conditioning, sampler configuration, latent space and defaults.
 
     `denoiser` and `text_encoders` name components; `text_states` are the encoders' states that the
     denoiser reads, `hidden` or `penultimate`; `empty_is_zeros` says that an empty negative prompt
     stands for zeros. Latents are `(B, latent_channels, height / vae_scale, width / vae_scale)`, and
-    width and height are multiples of `size_step`.
+    width and height are multiples of `size_step`. `preview` is None where no decoder is small.
     """
 
     family: str
@@ -128,6 +137,7 @@ class DiffusionSpec:
     steps: int
     guidance: float
     max_size: int
+    preview: PreviewSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,6 +351,8 @@ def _parse(path: Path, content: dict[str, Any]) -> Bundle:
     )
     encoders = (bundle.router.text_encoder, *bundle.diffusion.text_encoders)
     needed = [*encoders, bundle.router.predictor, bundle.diffusion.denoiser, "vae_decoder"]
+    if bundle.diffusion.preview:
+        needed.append(bundle.diffusion.preview.decoder)
     if spec := bundle.recognizer:
         needed += [spec.backbone, spec.head, spec.adapted]
     for name in needed:
@@ -413,6 +425,15 @@ def _diffusion(fields: _Fields) -> DiffusionSpec:
         steps=fields.get("steps", int),
         guidance=fields.get("guidance", float),
         max_size=fields.get("max_size", int),
+        preview=_preview(fields.child("preview")) if fields.content.get("preview") else None,
+    )
+
+
+def _preview(fields: _Fields) -> PreviewSpec:
+    return PreviewSpec(
+        decoder=fields.get("decoder", str),
+        scaling_factor=fields.get("scaling_factor", float),
+        shift_factor=fields.get("shift_factor", float),
     )
 
 

@@ -24,7 +24,9 @@ from edge_agent.types import (
     Decision,
     Event,
     Fallback,
+    Memory,
     OnEvent,
+    Preview,
     Queued,
     Result,
     Step,
@@ -142,7 +144,11 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
 
     check_request(request)
     check_folder(_output_file(settings.output, request.prompt, 0))
-    with _open_agent(settings) as agent, _progress(settings.quiet) as on_event:
+    with (
+        _open_agent(settings) as agent,
+        _progress(settings.quiet) as tell,
+        _previews(agent, settings, request.prompt, tell) as on_event,
+    ):
         result = _cancellable(lambda flag: agent.generate(request, on_event, flag))
         tags = _tags(agent.bundle, settings, result)
     if not settings.quiet:
@@ -372,14 +378,19 @@ def _output_file(output: Path | None, prompt: str, seed: int) -> Path:
         if output.suffix.lower() != ".png":
             raise ConfigError(f"-o {output} does not end in .png; only PNG pictures are written")
         return output
-    words = "".join(letter if letter.isalnum() else " " for letter in prompt.lower()).split()
-    stem = f"{'-'.join(words)[:48].rstrip('-') or 'picture'}-{seed}"
+    stem = f"{_words(prompt)}-{seed}"
     folder = output or Path()
     file, copy = folder / f"{stem}.png", 1
     while file.exists():
         copy += 1
         file = folder / f"{stem}-{copy}.png"
     return file
+
+
+def _words(prompt: str) -> str:
+    """Return the beginning of a prompt as a file's name without suffix."""
+    words = "".join(letter if letter.isalnum() else " " for letter in prompt.lower()).split()
+    return "-".join(words)[:48].rstrip("-") or "picture"
 
 
 def _cancellable(work: Callable[[Cancellation], T]) -> T:
@@ -432,12 +443,46 @@ def _progress(quiet: bool) -> Iterator[OnEvent]:
                 bar.update(event.index - bar.n)
             elif isinstance(event, Queued):
                 bar.set_description(f"{event.position} ahead in the cloud")
-            else:
+            elif isinstance(event, Fallback):
                 bar.reset()
                 bar.clear()
                 _tell(event, quiet)
 
         yield on_event
+
+
+@contextmanager
+def _previews(
+    agent: EdgeAgent, settings: Settings, prompt: str, tell: OnEvent
+) -> Iterator[OnEvent]:
+    """Keep what the picture is becoming in a file beside it, for as long as it is drawn."""
+    if settings.preview is None:
+        yield tell
+        return
+    from edge_agent.gallery.preview import PreviewFile
+
+    def note(message: str | None) -> None:
+        if message and not settings.quiet:
+            _note(message)
+
+    if agent.bundle.diffusion.preview is None:
+        note("no preview: the bundle's decoder is not small, and it has no other")
+    elif settings.memory is Memory.LOW:
+        note("no preview with --memory low, which has one network open at a time")
+    with PreviewFile(_preview_file(settings.output, prompt)) as file:
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Preview):
+                note(file.show(event.image))
+            tell(event)
+
+        yield on_event
+
+
+def _preview_file(output: Path | None, prompt: str) -> Path:
+    if output is not None and not output.is_dir():
+        return output.with_suffix(".preview.png")
+    return (output or Path()) / f"{_words(prompt)}.preview.png"
 
 
 def _tell(event: Event, quiet: bool) -> None:

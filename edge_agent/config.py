@@ -160,6 +160,13 @@ OPTIONS: dict[str, Option[Any]] = {
         "How the device walks from noise to a picture; by default as the model's scheduler.",
         "NAME",
     ),
+    "preview": Option(
+        _between(int, 1, MAX_STEPS),
+        None,
+        f"a whole number from 1 to {MAX_STEPS}",
+        "Show a rough picture every so many steps, where drawn here, in NAME.preview.png.",
+        "STEPS",
+    ),
     "negative_prompt": Option(str, "", "text", "What the picture should not show.", "TEXT"),
     "output": Option(
         Path, None, "a .png file or a folder", "The picture's file, or a folder for it.", "FILE"
@@ -224,6 +231,7 @@ class Settings:
     steps: int | None
     guidance: float | None
     sampler: SamplerName | None
+    preview: int | None
     negative_prompt: str
     output: Path | None
     client: str
@@ -253,6 +261,7 @@ class Settings:
             route=self.route,
             deadline_s=self.deadline,
             private=self.private,
+            preview_every=self.preview,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from threading import Lock
 
+from edge_agent.diffusion.decoding import SMALL_TILE
 from edge_agent.diffusion.generator import EdgeGenerator
 from edge_agent.routing.encoder import TextEncoder, Tokenizer
 from edge_agent.routing.router import Router
@@ -41,11 +42,18 @@ class Edge:
         with self._lock:
             if self._generator is None:
                 *encoders, denoiser, vae_decoder = self._drawing()
+                preview = self.bundle.diffusion.preview
+                scarce = self._networks.memory is Memory.LOW
                 self._generator = EdgeGenerator(
                     self.bundle.diffusion,
                     denoiser=denoiser,
                     vae_decoder=vae_decoder,
                     text_encoders={one.part.name: self._text_encoder(one) for one in encoders},
+                    # A preview in the middle would cost the denoiser its place in memory.
+                    preview_decoder=None
+                    if preview is None or scarce
+                    else self._networks.get(preview.decoder, static=True),
+                    tile=SMALL_TILE if scarce else None,
                     clock=clock,
                 )
             return self._generator

@@ -34,6 +34,10 @@ def check_request(request: Request) -> None:
         raise ConfigError(f"the seed {request.seed} is out of range; choose 0 to {MAX_SEED}")
     if request.steps is not None and not 1 <= request.steps <= MAX_STEPS:
         raise ConfigError(f"{request.steps} steps are out of range; choose 1 to {MAX_STEPS}")
+    if request.preview_every is not None and request.preview_every < 1:
+        raise ConfigError(
+            f"a preview every {request.preview_every} steps is out of range; choose at least 1"
+        )
     for name, size in (("width", request.width), ("height", request.height)):
         if size is not None and size < 1:
             raise ConfigError(f"the {name} {size} is out of range; choose at least 1 pixel")

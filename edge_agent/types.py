@@ -65,7 +65,8 @@ class Memory(StrEnum):
 class Request:
     """One wish for a picture. `None` means: the default of the model that draws.
 
-    `sampler` is the device's; the cloud draws with its own.
+    `sampler` is the device's; the cloud draws with its own. `preview_every` asks for a `Preview`
+    after every so many steps on the device, where its bundle has a decoder that is small enough.
     """
 
     prompt: str
@@ -79,6 +80,7 @@ class Request:
     route: Route = Route.AUTO
     deadline_s: float | None = None
     private: bool = False
+    preview_every: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """What the picture is becoming, as step `index` saw it, decoded roughly."""
+
+    index: int
+    image: Image
+
+
+@dataclass(frozen=True, slots=True)
 class Fallback:
     """The first choice failed and the other side takes over."""
 
@@ -160,7 +170,7 @@ class Fallback:
     reason: str
 
 
-Event = Queued | Step | Fallback
+Event = Queued | Step | Preview | Fallback
 OnEvent = Callable[[Event], None]
 
 

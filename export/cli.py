@@ -24,6 +24,7 @@ from export.sources import (
     open_lora,
     open_pipeline,
     open_router,
+    with_preview,
     with_vae,
 )
 from export.table import aligned
@@ -53,6 +54,7 @@ class Precision(click.ParamType):
 @click.option("--starter", type=FOLDER, help="Folder of starter models; default: those shipped.")
 @click.option("--edge-model", metavar="ID_OR_DIR", help="Diffusers pipeline the device draws with.")
 @click.option("--vae", type=FOLDER, help="Autoencoder to decode with, such as TAESD's folder.")
+@click.option("--preview-vae", type=FOLDER, help="Small autoencoder to show previews with.")
 @click.option(
     "--lora",
     "loras",
@@ -112,6 +114,7 @@ def main(
     starter: Path | None,
     edge_model: str | None,
     vae: Path | None,
+    preview_vae: Path | None,
     loras: tuple[str, ...],
     text_encoder: str | None,
     router: Path | None,
@@ -136,6 +139,7 @@ def main(
     try:
         pipeline, text_encoder, network = _sources(starter, edge_model, text_encoder, router)
         pipeline = pipeline if vae is None else with_vae(pipeline, vae)
+        pipeline = pipeline if preview_vae is None else with_preview(pipeline, preview_vae)
         pipeline = replace(pipeline, steps=steps, guidance=guidance)
         path, rows = _export(
             silent,

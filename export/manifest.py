@@ -13,7 +13,7 @@ from cloud_server.torchvision_guard import guard
 from cloud_server.training.encoders import TextEncoder
 from edge_agent.bundle import FORMAT
 from edge_agent.diffusion.samplers import BY_DEFAULT
-from export.bundle_writer import ROUTER_TEXT, BundleWriter, tokenizer_file
+from export.bundle_writer import PREVIEW_DECODER, ROUTER_TEXT, BundleWriter, tokenizer_file
 from export.files import digest_of
 from export.sources import Pipeline, RouterFolder
 from export.text import Texts
@@ -55,6 +55,7 @@ def manifest(
             "shift_factor": pipeline.shift_factor,
             **asdict(pipeline.drawing()),
             "max_size": pipeline.max_size,
+            "preview": _preview(pipeline),
         },
         "router": {**spec, "text_encoder": ROUTER_TEXT, "predictor": "predictor"},
     }
@@ -89,6 +90,18 @@ def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
     # A limit at infinity is none, and JSON has no infinity.
     finite = {k: v for k, v in settings.items() if v not in (math.inf, -math.inf)}
     return finite | {BY_DEFAULT: sorted(by_default)}
+
+
+def _preview(pipeline: Pipeline) -> dict[str, Any] | None:
+    """Say with what pictures can be shown on the way, if a decoder is small enough for that."""
+    preview = pipeline.preview
+    if preview is None:
+        return None
+    return {
+        "decoder": "vae_decoder" if preview is pipeline else PREVIEW_DECODER,
+        "scaling_factor": preview.scaling_factor,
+        "shift_factor": preview.shift_factor,
+    }
 
 
 def _version() -> str:

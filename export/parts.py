@@ -15,6 +15,7 @@ import torch
 from cloud_server.torchvision_guard import guard
 from cloud_server.training import predictor as predictors
 from export import components, denoisers
+from export.bundle_writer import PREVIEW_DECODER
 from export.files import digest_of
 from export.network import Network
 from export.parity import GATES
@@ -75,10 +76,14 @@ def parts_of(
         module = denoisers.WRAPPERS[family.denoiser_class](model, texts.width)
         return denoisers.denoiser(module, size, texts.context_length, step=pipeline.latent_step)
 
-    def vae_decoder() -> Network:
-        kind = getattr(diffusers, pipeline.vae["_class_name"])
-        vae = kind.from_pretrained(pipeline.vae_folder, torch_dtype=torch.float32)
+    def vae_decoder(drawn: Pipeline) -> Network:
+        kind = getattr(diffusers, drawn.vae["_class_name"])
+        vae = kind.from_pretrained(drawn.vae_folder, torch_dtype=torch.float32)
         return components.vae_decoder(vae, size)
+
+    decoders = {"vae_decoder": pipeline}
+    if pipeline.preview is not None and pipeline.preview is not pipeline:
+        decoders[PREVIEW_DECODER] = pipeline.preview
 
     def predictor() -> Network:
         model = predictors.load(router.folder)
@@ -103,7 +108,10 @@ def parts_of(
             denoiser,
             (texts.context_length, texts.width, size),
         ),
-        part("vae_decoder", "psnr_db", (pipeline.vae_folder,), vae_decoder, size),
+        *(
+            part(name, "psnr_db", (drawn.vae_folder,), partial(vae_decoder, drawn), size)
+            for name, drawn in decoders.items()
+        ),
         *(
             part(name, "psnr_db", files, load)
             for name, files, load in (recognizer.parts if recognizer else ())

@@ -44,6 +44,7 @@ EXTRA_INPUTS: dict[str, dict[str, tuple[str | None, ...]]] = {
         "encoder_hid_dim_type": (None,),
     },
 }
+SMALL_VAE = "AutoencoderTiny"
 GROWTH = 2  # pictures may be this much larger a side than those the model was trained on
 # What AutoencoderKL's configuration leaves out in old models; that of the tiny one is 1.
 KL_SCALING_FACTOR = 0.18215
@@ -64,7 +65,8 @@ class Pipeline:
     """A folder in diffusers layout; `vae_folder` is its own autoencoder's, or another one's.
 
     `index`, `scheduler`, `denoiser` and `vae` are what the folder's JSON files say; `steps` and
-    `guidance` stand above all that they say of those.
+    `guidance` stand above all that they say of those. `preview_vae` is the folder of a small
+    autoencoder to show pictures with on the way.
     """
 
     folder: Path
@@ -77,6 +79,14 @@ class Pipeline:
     vae: Mapping[str, Any]
     steps: int | None = None
     guidance: float | None = None
+    preview_vae: Path | None = None
+
+    @property
+    def preview(self) -> Pipeline | None:
+        """The pipeline as it decodes previews, None where it has no decoder that is small."""
+        if self.preview_vae is not None:
+            return with_vae(self, self.preview_vae)
+        return self if self.vae["_class_name"] == SMALL_VAE else None
 
     @property
     def vae_scale(self) -> int:
@@ -230,6 +240,20 @@ def with_vae(pipeline: Pipeline, folder: Path) -> Pipeline:
                 f"{own}; pass one that was made for this family"
             )
     return changed
+
+
+def with_preview(pipeline: Pipeline, folder: Path) -> Pipeline:
+    """Return the pipeline with the small autoencoder in `folder` for its previews.
+
+    Raises ExportError when there is none, it is a large one, or its latents are others.
+    """
+    kind = with_vae(pipeline, folder).vae["_class_name"]
+    if kind != SMALL_VAE:
+        raise ExportError(
+            f"the autoencoder in '{folder}' is of the kind {kind}, too slow for previews; "
+            f"pass an {SMALL_VAE}, such as TAESD's folder"
+        )
+    return replace(pipeline, preview_vae=folder)
 
 
 def open_lora(source: str) -> Lora:

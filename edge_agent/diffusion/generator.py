@@ -11,11 +11,12 @@ import numpy as np
 
 from edge_agent.bundle import DiffusionSpec
 from edge_agent.diffusion.conditioning import Conditioner, Feeds
+from edge_agent.diffusion.decoding import Decode, decode
 from edge_agent.diffusion.samplers import make_sampler, overridden, sampler_name
 from edge_agent.errors import Cancelled, ConfigError, GenerationError
 from edge_agent.routing.encoder import Encoded, TextEncoder
 from edge_agent.runtime.network import Network
-from edge_agent.types import Cancellation, OnEvent, Picture, Request, Step
+from edge_agent.types import Cancellation, OnEvent, Picture, Preview, Request, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class EdgeGenerator:
 
     The denoiser is fed what it asks for by name, so one loop serves every family: UNets and
     transformers, with one text encoder or two, guided or told how much guidance to imitate.
+    `tile` is the cells a side that are decoded at once, None those of any usual picture;
+    `preview_decoder` is the component that the spec names for it.
     """
 
     def __init__(
@@ -44,11 +47,15 @@ class EdgeGenerator:
         denoiser: Network,
         vae_decoder: Network,
         text_encoders: Mapping[str, TextEncoder],
+        preview_decoder: Network | None = None,
+        tile: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._spec = spec
         self._denoiser = denoiser
         self._vae_decoder = vae_decoder
+        self._preview_decoder = preview_decoder
+        self._tile = tile
         self._conditioner = Conditioner(spec, text_encoders)
         self._clock = clock
         # Consistency models are distilled with guidance as an input instead of a second run.
@@ -103,7 +110,7 @@ class EdgeGenerator:
         conditioned = self._clock()
         # Numbers that run away are an error of ours below, not a warning of numpy's on stderr.
         with np.errstate(all="ignore"):
-            latents = self._denoise(plan, condition, on_event, cancellation)
+            latents = self._denoise(plan, condition, request.preview_every, on_event, cancellation)
         denoised = self._clock()
         pixels = self._decode(latents, cancellation)
         decoded = self._clock()
@@ -139,6 +146,7 @@ class EdgeGenerator:
         self,
         plan: Plan,
         condition: Feeds,  # rows B of each: 2 with guidance, negative first
+        preview_every: int | None,
         on_event: OnEvent | None,
         cancellation: Cancellation | None,
     ) -> np.ndarray:
@@ -168,23 +176,52 @@ class EdgeGenerator:
                 prediction = prediction[:1] + plan.guidance * (prediction[1:] - prediction[:1])
             latents = sampler.step(prediction, latents, index, draw)
             if not np.isfinite(latents).all():
-                raise GenerationError(
-                    f"drawing broke down at step {index + 1} of {total}: the latents are no longer "
-                    f"finite numbers; try a lower --guidance than {plan.guidance:g}"
-                )
-            if on_event is not None:
-                on_event(Step(index + 1, total))
+                raise _broke_down(index + 1, total, plan.guidance)
+            if on_event is None:
+                continue
+            on_event(Step(index + 1, total))
+            if preview_every and index + 1 < total and (index + 1) % preview_every == 0:
+                self._show(sampler.clean, index + 1, on_event, cancellation)
         return latents
+
+    def _show(
+        self,
+        clean: np.ndarray,
+        index: int,
+        on_event: OnEvent,
+        cancellation: Cancellation | None,
+    ) -> None:
+        """Tell what step `index` was headed for, if there is a decoder for it."""
+        from PIL import Image
+
+        spec, decoder = self._spec.preview, self._preview_decoder
+        if spec is None or decoder is None:
+            return
+        unscaled = clean / spec.scaling_factor + spec.shift_factor
+        try:
+            pixels = decode(self._run(decoder, cancellation), unscaled, self._tile)
+        except GenerationError:
+            return  # a rough picture that cannot be shown is no reason to lose the real one
+        on_event(Preview(index, Image.fromarray(pixels)))
 
     def _decode(self, latents: np.ndarray, cancellation: Cancellation | None) -> np.ndarray:
         """Return (height, width, 3) uint8 pixels."""
         unscaled = latents / self._spec.scaling_factor + self._spec.shift_factor
-        decoded = self._vae_decoder.run({"latent_sample": unscaled}, cancellation)
-        sample = decoded[0][0].astype(np.float32)
-        if not np.isfinite(sample).all():
-            raise GenerationError(
-                "the decoder answered with pixels that are not finite numbers; export the model "
-                "with --precision fp32"
-            )
-        pixels = (np.clip(sample.transpose(1, 2, 0), -1.0, 1.0) + 1.0) * 127.5
-        return pixels.round().astype(np.uint8)
+        return decode(self._run(self._vae_decoder, cancellation), unscaled, self._tile)
+
+    @staticmethod
+    def _run(decoder: Network, cancellation: Cancellation | None) -> Decode:
+        return lambda unscaled: decoder.run({"latent_sample": unscaled}, cancellation)[0]
+
+
+def _broke_down(step: int, steps: int, guidance: float) -> GenerationError:
+    """Say that latents stopped being numbers, and what mostly makes them."""
+    cure = (
+        f"try a lower --guidance than {guidance:g}"
+        if guidance > 1
+        else "export the model with --precision fp32"
+    )
+    return GenerationError(
+        f"drawing broke down at step {step} of {steps}: the latents are no longer finite numbers; "
+        f"{cure}"
+    )

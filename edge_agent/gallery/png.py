@@ -53,10 +53,10 @@ def write_png(file: Path, image: Image, record: Mapping[str, Any]) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
     except OSError as err:
-        _remove(temporary)
+        remove(temporary)
         raise _output_error(file, err) from err
     except BaseException:
-        _remove(temporary)
+        remove(temporary)
         raise
 
 
@@ -78,7 +78,8 @@ def read_record(file: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def _remove(file: Path) -> None:
+def remove(file: Path) -> None:
+    """Delete a file if it is there and may be deleted."""
     with contextlib.suppress(OSError):
         file.unlink(missing_ok=True)
 

@@ -120,9 +120,9 @@ def unet(file: Path, *, factor: float = 0.5, guided: bool = False) -> Path:
     )
 
 
-def vae_decoder(file: Path) -> Path:
+def vae_decoder(file: Path, *, strength: float = 1.0) -> Path:
     """Mixes the latent channels into colours and repeats each cell 8 x 8 times."""
-    mix = np.random.default_rng(2).standard_normal((3, LATENTS, 1, 1)) / LATENTS
+    mix = strength * np.random.default_rng(2).standard_normal((3, LATENTS, 1, 1)) / LATENTS
     return save(
         file,
         [
@@ -224,6 +224,7 @@ def write_bundle(folder: Path) -> Path:
             "steps": 4,
             "guidance": 4.0,
             "max_size": 128,
+            "preview": {"decoder": "vae_decoder", "scaling_factor": 1.0, "shift_factor": 0.0},
         },
         "router": {
             "metrics": [
@@ -303,10 +304,21 @@ def swap_unet() -> Callable[..., None]:
 
 
 @pytest.fixture
-def slow_unet() -> Callable[[Path], None]:
-    """Replace a bundle's UNet by one whose step takes hours."""
+def blank_decoder() -> Callable[[Path], None]:
+    """Replace a bundle's decoder by one that answers with one grey."""
 
     def swap(folder: Path) -> None:
+        vae_decoder(folder / "vae_decoder" / "model.onnx", strength=0.0)
+        edit_manifest(folder, lambda _: None)
+
+    return swap
+
+
+@pytest.fixture
+def slow_unet() -> Callable[..., None]:
+    """Replace a bundle's UNet by one whose step takes hours, or its steps below a timestep."""
+
+    def swap(folder: Path, below: int = 10**6) -> None:
         body = helper.make_graph(
             [
                 helper.make_node("Mul", ["before", "one"], ["after"]),
@@ -325,14 +337,24 @@ def slow_unet() -> Callable[[Path], None]:
         )
         save(
             folder / "unet" / "model.onnx",
-            [helper.make_node("Loop", ["hours", "yes", "sample"], ["out_sample"], body=body)],
+            [
+                helper.make_node("Less", ["timestep", "below"], ["late"]),
+                helper.make_node("Where", ["late", "hours", "once"], ["count"]),
+                helper.make_node("Loop", ["count", "yes", "sample"], ["out_sample"], body=body),
+            ],
             {
                 "sample": (TensorProto.FLOAT, ["batch", LATENTS, "rows", "columns"]),
                 "timestep": (TensorProto.INT64, []),
                 "encoder_hidden_states": (TensorProto.FLOAT, ["batch", "tokens", WIDTH]),
             },
             {"out_sample": ["batch", LATENTS, "rows", "columns"]},
-            [tensor("one", 1.0), tensor("hours", 10**11, np.int64), tensor("yes", True, np.bool_)],
+            [
+                tensor("one", 1.0),
+                tensor("below", below, np.int64),
+                tensor("hours", 10**11, np.int64),
+                tensor("once", 1, np.int64),
+                tensor("yes", True, np.bool_),
+            ],
         )
         edit_manifest(folder, lambda _: None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
@@ -281,6 +282,34 @@ def test_a_network_that_does_not_load_counts_as_a_failing_edge(
     assert agent.generate(Request(EASY)).drawn_on is Route.CLOUD
     with pytest.raises(BundleError, match="cannot load"):
         agent.generate(Request(EASY, route=Route.EDGE))
+
+
+def test_a_picture_of_one_grey_is_a_failing_edge(
+    make_agent: MakeAgent, tiny_bundle: Path, blank_decoder: Callable[[Path], None]
+) -> None:
+    blank_decoder(tiny_bundle)
+    result = make_agent(cloud=Cloud()).generate(Request(EASY))
+    assert (result.drawn_on, result.fallback_from) == (Route.CLOUD, Route.EDGE)
+    assert result.fallback_reason is not None
+    assert "one colour (128, 128, 128) in all pixels" in result.fallback_reason
+    with pytest.raises(GenerationError, match="one colour"):
+        make_agent(cloud=Cloud()).generate(Request(EASY, private=True))
+
+
+def test_cancelling_an_agent_stops_inside_a_step_and_asks_no_cloud(
+    make_agent: MakeAgent, tiny_bundle: Path, slow_unet: Callable[[Path], None]
+) -> None:
+    slow_unet(tiny_bundle)  # one step of it takes hours
+    cloud, events, cancellation = Cloud(), list[Event](), Cancellation()
+    agent = make_agent(cloud=cloud)
+    agent.open()
+    timer = threading.Timer(0.3, cancellation.cancel)
+    timer.start()
+    with pytest.raises(Cancelled):
+        agent.generate(Request(EASY), events.append, cancellation)
+    timer.join()
+    assert events == []
+    assert cloud.asked == []
 
 
 def test_cancelling_is_never_taken_for_a_failure(make_agent: MakeAgent) -> None:

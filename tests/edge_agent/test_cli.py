@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from edge_agent.cli import run
 from edge_agent.gallery.png import read_record
+from edge_agent.gallery.preview import PreviewFile
 from edge_agent.routing.budget.ledger import Ledger
 from edge_agent.runtime import providers
 from tests.wire import HeldEngine, free_port, running_server
@@ -277,6 +281,61 @@ sys.exit(run(["a cat", "-o", "a.png"], os.environ))
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "edge-agent: stopped; nothing was written\n"
     assert os.listdir(folder) == []
+
+
+def test_ctrl_c_in_the_middle_takes_the_preview_away_too(
+    tiny_bundle: Path, tmp_path: Path, slow_unet: Callable[..., None]
+) -> None:
+    """As a terminal does it: a signal from outside, once the first of several steps is seen."""
+    slow_unet(tiny_bundle, below=900)  # the first step is at 999, the next takes hours
+    folder = tmp_path / "out"
+    folder.mkdir()
+    env = os.environ | {"EDGE_AGENT_BUNDLE": str(tiny_bundle), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "edge_agent", "a cat", "-o", "a.png", "--preview", "1"]
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while "a.preview.png" not in os.listdir(folder):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines() == [
+        "edge-agent: see a.preview.png while it is drawn",
+        "edge-agent: stopped; nothing was written",
+    ]
+    assert os.listdir(folder) == []
+
+
+def test_a_preview_is_beside_the_picture_while_it_is_drawn(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.preview.png").write_bytes(b"somebody's own")
+    seen: list[list[str]] = []
+    show = PreviewFile.show
+
+    def watched(file: PreviewFile, image: Image.Image) -> str | None:
+        told = show(file, image)
+        seen.append(sorted(os.listdir(tmp_path)))
+        return told
+
+    monkeypatch.setattr(PreviewFile, "show", watched)
+    done = command("a cat", "-o", "a.png", "--preview", "1", "--offline")
+    assert (done.returncode, done.stdout) == (0, "a.png\n")
+    assert done.stderr.count("see a-2.preview.png while it is drawn") == 1
+    assert seen == [["a-2.preview.png", "a.preview.png", "bundle"]] * 3
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "a.preview.png", "bundle"]
+    assert (tmp_path / "a.preview.png").read_bytes() == b"somebody's own"
+
+
+def test_a_bundle_without_a_small_decoder_says_so_and_draws(
+    command: Command, tiny_bundle: Path, rewrite: Callable[..., None]
+) -> None:
+    rewrite(tiny_bundle, lambda content: content["diffusion"].pop("preview"))
+    done = command("a cat", "-o", "a.png", "--preview", "1", "--offline")
+    assert done.returncode == 0
+    assert "no preview: the bundle's decoder is not small" in done.stderr
 
 
 def test_doctor_reports_bundle_networks_and_where_settings_come_from(

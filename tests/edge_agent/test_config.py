@@ -34,8 +34,9 @@ def test_every_option_has_a_setting_and_an_environment_twin(config: Path) -> Non
         "pace": "on", "budget_pictures": "5", "budget_cost": "1.50", "cloud_cost": "0.05",
         "ledger": "l.sqlite3",
         "route": "cloud", "deadline": "3", "private": "1", "seed": "9", "size": "64x32",
-        "steps": "3", "guidance": "2.5", "sampler": "euler-a", "negative_prompt": "rain",
-        "output": "a.png", "client": "anna", "history": "30", "histories": "h", "top": "3",
+        "steps": "3", "guidance": "2.5", "sampler": "euler-a", "preview": "2",
+        "negative_prompt": "rain", "output": "a.png", "client": "anna", "history": "30",
+        "histories": "h", "top": "3",
         "provider": "openvino:f32", "memory": "low",
         "threads": "2", "json": "yes", "quiet": "on", "debug": "TRUE",
     }  # fmt: skip
@@ -46,6 +47,7 @@ def test_every_option_has_a_setting_and_an_environment_twin(config: Path) -> Non
     assert settings.size == (64, 32)
     assert (settings.provider, settings.memory) == (Provider.OPENVINO_F32, Memory.LOW)
     assert settings.request("a cat").deadline_s == 3.0
+    assert settings.request("a cat").preview_every == 2
     assert settings.debug
 
 

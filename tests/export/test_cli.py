@@ -144,6 +144,18 @@ def test_an_autoencoder_that_does_not_fit_is_named(exported, router, tmp_path, c
     assert sentence in message
 
 
+def test_a_large_autoencoder_is_refused_for_previews(exported, router, tmp_path):
+    blocks = {"block_out_channels": [8] * 4, "latent_channels": 8, "_class_name": "AutoencoderKL"}
+    (tmp_path / "config.json").write_text(json.dumps(blocks))
+    made_from = ("--edge-model", exported.job.pipeline.folder, "--router", router)
+    message = failure(*made_from, "--preview-vae", tmp_path)
+    assert (
+        f"the autoencoder in '{tmp_path}' is of the kind AutoencoderKL, too slow for previews"
+        in message
+    )
+    assert "AutoencoderTiny" in message
+
+
 @pytest.mark.parametrize(
     "given", ["nowhere", "nowhere:0.5", "empty", "empty:nan", "odd.safetensors"]
 )

@@ -18,11 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from edge_agent.bundle import Bundle, open_bundle
+from edge_agent.agent import EdgeAgent
+from edge_agent.bundle import Bundle, PreviewSpec, open_bundle
 from edge_agent.cli import run
 from edge_agent.gallery.png import read_record
+from edge_agent.types import Event, Preview, Request
 from export.build import Job, Row, export_bundle
-from export.sources import open_lora, open_pipeline, open_router, with_vae
+from export.sources import open_lora, open_pipeline, open_router, with_preview, with_vae
 from export.text import PROBES, open_text
 from tests import families, tiny
 
@@ -75,14 +77,21 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def export(workshop: Path, tmp_path: Path) -> Export:
-    def make(name: str, *, vae: Path | None = None, loras: tuple[str, ...] = ()) -> Exported:
+    def make(
+        name: str,
+        *,
+        vae: Path | None = None,
+        preview_vae: Path | None = None,
+        loras: tuple[str, ...] = (),
+    ) -> Exported:
         folder = tmp_path / "model"
         if not folder.exists():
             families.MAKERS[name](folder)
         pipeline = replace(open_pipeline(str(folder)), **families.SETTINGS.get(name, {}))
+        pipeline = pipeline if vae is None else with_vae(pipeline, vae)
         strange = name in STRANGE
         job = Job(
-            pipeline=pipeline if vae is None else with_vae(pipeline, vae),
+            pipeline=pipeline if preview_vae is None else with_preview(pipeline, preview_vae),
             router=open_router(workshop / ("router-of-clip" if strange else "router")),
             text_encoder=workshop / "clip" if strange else None,
             loras=[open_lora(each) for each in loras],
@@ -232,6 +241,22 @@ def test_another_decoder_takes_the_place_of_the_pipelines(
 
     theirs = draw_with_diffusers(exported, drawn, monkeypatch, change=change)
     assert psnr_db(drawn.pixels, theirs) > PSNR_DB
+
+
+@pytest.mark.slow
+def test_a_small_decoder_beside_a_large_one_shows_the_picture_on_the_way(
+    export: Export, tmp_path: Path
+) -> None:
+    families.tiny_vae().save_pretrained(tmp_path / "taesd")
+    exported = export("Stable Diffusion 1.5", preview_vae=tmp_path / "taesd")
+    spec = exported.bundle.diffusion.preview
+    assert spec == PreviewSpec("preview_decoder", scaling_factor=1.0, shift_factor=0.0)
+    events: list[Event] = []
+    with EdgeAgent(exported.bundle, threads=1) as agent:
+        agent.generate(Request(PROMPT, seed=SEED, steps=3, preview_every=2), events.append)
+    (shown,) = (each for each in events if isinstance(each, Preview))
+    assert (shown.index, shown.image.size) == (2, (64, 64))
+    assert export("Stable Diffusion 1.5").bundle.diffusion.preview is None
 
 
 @pytest.mark.slow

@@ -48,5 +48,6 @@ class Ddim(Unscaled):
             noise = (latents - alpha * clean) / sigma
         if self._clip is not None:
             clean = clean.clip(-self._clip, self._clip)
+        self.clean = clean
         target = float(self._alphas[before]) if before >= 0 else self._final_alpha
         return np.asarray(math.sqrt(target) * clean + math.sqrt(1.0 - target) * noise)

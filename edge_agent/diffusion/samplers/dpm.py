@@ -51,7 +51,7 @@ class DpmSolverPlusPlus(Unscaled):
             or (config.get("lower_order_final", True) and len(timesteps) < 15)
             or config.get("final_sigmas_type", "zero") == "zero"
         )
-        self._previous_clean: Array | None = None
+        self._before: Array | None = None
 
     @staticmethod
     def _timesteps(config: Mapping[str, Any], last: int, steps: int, trained: int) -> Array:
@@ -69,7 +69,8 @@ class DpmSolverPlusPlus(Unscaled):
         clean = schedule.clean(
             self._prediction_type, prediction, latents, alpha_s, sigma_s * alpha_s
         )
-        previous, self._previous_clean = self._previous_clean, clean
+        previous, self._before = self._before, clean
+        self.clean = clean
         # lambda is -log(sigma), so exp(-h) is a plain ratio that stays finite at sigma_t = 0.
         shrink = sigma_t / sigma_s
         direction = clean

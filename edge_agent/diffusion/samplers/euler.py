@@ -60,12 +60,13 @@ class Euler:
         sigma = float(self._sigmas[index])
         if self._prediction_type == "epsilon":
             derivative = prediction
+            self.clean = np.asarray(latents - sigma * prediction)
         else:
             alpha = schedule.alpha_of(sigma)
-            clean = schedule.clean(
+            self.clean = schedule.clean(
                 self._prediction_type, prediction, alpha * latents, alpha, sigma * alpha
             )
-            derivative = (latents - clean) / sigma
+            derivative = (latents - self.clean) / sigma
         return np.asarray(latents + (target - sigma) * derivative)
 
 

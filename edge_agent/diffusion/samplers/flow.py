@@ -43,5 +43,6 @@ class FlowEuler(Unscaled):
 
     def step(self, prediction: Array, latents: Array, index: int, draw: Draw) -> Array:
         """Follow the predicted direction to the next noise level."""
+        self.clean = np.asarray(latents - float(self._sigmas[index]) * prediction)
         ahead = float(self._sigmas[index + 1]) - float(self._sigmas[index])
         return np.asarray(latents + ahead * prediction)

@@ -53,7 +53,7 @@ class Lcm(Unscaled):
         scaled = now * self._scaling
         skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
         out = scaled / math.hypot(scaled, _SIGMA_DATA)
-        denoised = np.asarray(out * clean + skip * latents)
+        self.clean = denoised = np.asarray(out * clean + skip * latents)
         if index == len(self.timesteps) - 1:
             return denoised
         target = float(self._alphas[int(self.timesteps[index + 1])])

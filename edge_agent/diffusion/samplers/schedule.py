@@ -24,6 +24,7 @@ class Sampler(Protocol):
 
     timesteps: Array  # (steps,) float64, descending
     initial_scale: float  # standard deviation of the initial noise
+    clean: Array  # after a step: the latents of the picture that it was headed for, x_0
 
     def scale_input(self, latents: Array, index: int) -> Array:
         """Return what the network is fed at step `index`."""

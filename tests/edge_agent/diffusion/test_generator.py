@@ -8,25 +8,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edge_agent.bundle import open_bundle
 from edge_agent.diffusion.generator import EdgeGenerator
 from edge_agent.errors import Cancelled, ConfigError, GenerationError
 from edge_agent.routing.encoder import TextEncoder, Tokenizer
 from edge_agent.runtime.session import Session
-from edge_agent.types import Cancellation, Event, Request, SamplerName, Step
+from edge_agent.types import Cancellation, Event, Preview, Request, SamplerName, Step
 
 SwapUnet = Callable[..., None]
 
 
-def make_generator(folder: Path) -> EdgeGenerator:
+def make_generator(
+    folder: Path, *, previews: bool = False, tile: int | None = None
+) -> EdgeGenerator:
     bundle = open_bundle(folder)
     files = bundle.tokenizers["text_encoder"]
     tokenizer = Tokenizer(folder / files.file, files.context_length, files.pad_id)
+    decoder = Session(bundle.path_of("vae_decoder"), threads=1)
     return EdgeGenerator(
         bundle.diffusion,
         denoiser=Session(bundle.path_of("unet"), threads=1),
-        vae_decoder=Session(bundle.path_of("vae_decoder"), threads=1),
+        vae_decoder=decoder,
+        preview_decoder=decoder if previews else None,
+        tile=tile,
         text_encoders={
             "text_encoder": TextEncoder(
                 Session(bundle.path_of("text_encoder"), threads=1), tokenizer
@@ -92,6 +98,51 @@ def test_every_step_is_told(tiny_bundle: Path) -> None:
     assert events == [Step(1, 4), Step(2, 4), Step(3, 4), Step(4, 4)]
 
 
+def test_a_preview_follows_every_so_many_steps_but_not_the_last(tiny_bundle: Path) -> None:
+    events: list[Event] = []
+    request = Request("a cat", steps=6, preview_every=2, width=64, height=96)
+    generator = make_generator(tiny_bundle, previews=True)
+    picture = generator.generate(request, {}, 1, events.append).image
+    assert [type(each) for each in events] == [Step, Step, Preview] * 2 + [Step, Step]
+    shown = [each for each in events if isinstance(each, Preview)]
+    assert [each.index for each in shown] == [2, 4]
+    assert {each.image.size for each in shown} == {(64, 96)}
+    early, late = (distance(each.image, picture) for each in shown)
+    assert 0 < late < early  # it becomes the picture
+    assert picture.tobytes() == pixels(generator, replace(request, preview_every=None), 1)
+
+
+def test_without_a_small_decoder_nothing_is_shown(tiny_bundle: Path) -> None:
+    events: list[Event] = []
+    request = Request("a cat", preview_every=1)
+    make_generator(tiny_bundle).generate(request, {}, 1, events.append)
+    assert [type(each) for each in events] == [Step] * 4
+
+
+def distance(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a, np.float64) - np.asarray(b)).mean())
+
+
+def test_a_picture_in_tiles_comes_near_the_whole_one(tiny_bundle: Path) -> None:
+    request = Request("a cat", width=104, height=48)
+    whole = np.frombuffer(pixels(make_generator(tiny_bundle), request), np.uint8)
+    tiled = np.frombuffer(pixels(make_generator(tiny_bundle, tile=4), request), np.uint8)
+    assert 0 < np.abs(tiled.astype(int) - whole).mean() < 1  # it moves cells by half of one
+
+
+def test_cancelling_stops_before_the_next_tile(tiny_bundle: Path) -> None:
+    """The last step is told, and then nothing more is run."""
+    cancellation = Cancellation()
+
+    def on_event(event: Event) -> None:
+        if event == Step(4, 4):
+            cancellation.cancel()
+
+    generator = make_generator(tiny_bundle, tile=4)
+    with pytest.raises(Cancelled):
+        generator.generate(Request("a cat"), {}, 1, on_event, cancellation)
+
+
 def test_cancelling_stops_before_the_next_step(tiny_bundle: Path) -> None:
     cancellation, events = Cancellation(), []
 
@@ -126,8 +177,11 @@ def test_latents_that_are_no_numbers_are_an_error_not_a_black_picture(
     tiny_bundle: Path, swap_unet: SwapUnet
 ) -> None:
     swap_unet(tiny_bundle, factor=float("inf"))
+    generator = make_generator(tiny_bundle)
     with pytest.raises(GenerationError, match=r"step 1 of 4.*lower --guidance than 4"):
-        make_generator(tiny_bundle).generate(Request("a cat"), {}, 1)
+        generator.generate(Request("a cat"), {}, 1)
+    with pytest.raises(GenerationError, match=r"step 1 of 4.*--precision fp32"):
+        generator.generate(Request("a cat", guidance=1.0), {}, 1)
 
 
 def test_a_consistency_model_is_told_the_guidance_and_runs_without_a_negative_prompt(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edge_agent.diffusion.samplers import make_sampler, overridden, sampler_name
+from edge_agent.diffusion.samplers.flow import FlowEuler
 from edge_agent.errors import BundleError, ConfigError
 from edge_agent.types import SamplerName
 
@@ -149,6 +150,43 @@ def test_walks_the_path_of_diffusers(
     np.testing.assert_allclose(ours[1], theirs, rtol=1e-6, atol=atol)
     # What a folder leaves out are diffusers' defaults, and ours.
     np.testing.assert_array_equal(walk_of_ours(options | {"_class_name": name}, steps)[1], ours[1])
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_says_which_picture_each_step_was_headed_for(
+    name: str, options: dict[str, Any], steps: int
+) -> None:
+    """A network that always means the same picture is understood to mean it, at every step."""
+    sampler = make_sampler(options | {"_class_name": name}, steps)
+    draws = noises()
+    meant = np.clip(next(draws) / 4, -1, 1)
+    latents = next(draws) * sampler.initial_scale
+    kind = options.get("prediction_type", "flow" if name == FLOW else "epsilon")
+    for index in range(len(sampler.timesteps)):
+        alpha, sigma = level(sampler, index)
+        if name == FLOW:
+            prediction = (latents - meant) / sigma
+        elif kind == "sample":
+            prediction = meant
+        else:
+            scaled = sampler.scale_input(latents, index)
+            noise = (scaled - alpha * meant) / sigma
+            prediction = noise if kind == "epsilon" else alpha * noise - sigma * meant
+        latents = sampler.step(prediction.astype(np.float32), latents, index, lambda: next(draws))
+        # LCM keeps a little of the latents on purpose, most where there is little noise.
+        np.testing.assert_allclose(sampler.clean, meant, atol=0.3 if name == LCM else 5e-3)
+
+
+def level(sampler: Any, index: int) -> tuple[float, float]:
+    """Return signal and noise of what the network is fed at a step, of unit variance."""
+    timestep = sampler.timesteps[index]
+    if hasattr(sampler, "_alphas"):
+        product = float(sampler._alphas[int(timestep)])
+        return product**0.5, (1 - product) ** 0.5
+    sigma = float(sampler._sigmas[index])
+    alpha = 1 / (1 + sigma**2) ** 0.5
+    return alpha, sigma if isinstance(sampler, FlowEuler) else sigma * alpha
 
 
 OVERRIDES = {

@@ -1,0 +1,166 @@
+"""What the contenders are measured on: one pipeline, and what each of them makes of it.
+
+Everything is made once, in processes of their own, and kept: a run that was stopped goes on here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cloud_server.starter import starter_folder
+
+ROOT = Path(__file__).parents[2]
+# Folders of a pipeline, in the order of making; each is made from those before it.
+PARTS = ("model", "bundle", "traced", "optimum")
+TEXT = "clip-vit-l-14"
+TEXT_PARTS = ("model", "text")
+
+
+def prepare(name: str, work: Path, small: bool, wanted: tuple[str, ...]) -> None:
+    """Make the folders of pipeline `name` that are `wanted` and not there yet, under `work`.
+
+    `bundle` is the device's, exported again only where it is out of date; `traced` holds plain ONNX
+    files for OpenVINO; `optimum` what optimum exports, which decodes with the same traced decoder.
+    """
+    for part in PARTS:
+        done = (work / name / part).is_dir() and part != "bundle"  # export knows what it may keep
+        if part in wanted and not done:
+            _in_own_process(part, name, work, small)
+
+
+def prepare_starter(work: Path) -> None:
+    """Export the starter models, and lay a link to those that the device's were made of."""
+    home = work / "starter"
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / "model").is_dir():
+        (home / "model").symlink_to(starter_folder() / "edge")
+    _export(home / "bundle")
+
+
+def prepare_text(work: Path, small: bool) -> None:
+    """Make the text tower of CLIP ViT-L/14, as transformers has it and with 8-bit weights."""
+    for part in TEXT_PARTS:
+        if not (work / TEXT / part).is_dir():
+            _in_own_process(part, TEXT, work, small)
+
+
+def _in_own_process(part: str, name: str, work: Path, small: bool) -> None:
+    """Make one folder where nothing else holds memory; raises CalledProcessError."""
+    command = [sys.executable, "-m", "benchmarks.peers.prepare", part, name, str(work)]
+    subprocess.run([*command, *(["small"] if small else [])], cwd=ROOT, check=True)
+
+
+def main(part: str, name: str, work: Path, small: bool) -> None:
+    """Make one folder; it gets its name when it is complete."""
+    home = work / name
+    home.mkdir(parents=True, exist_ok=True)
+    if part == "bundle":
+        _bundle(home)
+        return
+    makers: dict[str, Callable[[Path, Path], None]] = {"traced": _traced, "optimum": _optimum}
+    partial = home / f"{part}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    if name == TEXT:
+        (_text_model if part == "model" else _text_int8)(home, partial, small)
+    elif part == "model":
+        from benchmarks.peers.models import MODELS, SMALL_MODELS, make_pipeline
+
+        make_pipeline((SMALL_MODELS if small else MODELS)[name], partial)
+    else:
+        makers[part](home, partial)
+    partial.rename(home / part)
+
+
+def _bundle(home: Path) -> None:
+    """Export as a user would; decisions are the starter's, made by its own text encoder."""
+    _export(home / "bundle", "--edge-model", str(home / "model"))
+
+
+def _export(bundle: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "export", *options, "-o", str(bundle)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+
+
+def _traced(home: Path, folder: Path) -> None:
+    """Write the ONNX files that the bundle is optimised from: an engine may know better."""
+    import torch
+
+    from cloud_server.torchvision_guard import guard
+
+    guard()
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+
+    from export import components, denoisers, text
+    from export.quiet import quiet
+    from export.sources import open_pipeline
+
+    with quiet():
+        pipeline = open_pipeline(str(home / "model"))
+        (words,) = text.from_pipeline(pipeline.folder, pipeline.family)
+        size, context = pipeline.latent_size, words.context_length
+
+        def unet() -> denoisers.UNet:
+            model = UNet2DConditionModel.from_pretrained(pipeline.folder / "unet")
+            return denoisers.UNet(model, words.tower.width)
+
+        networks = {
+            "text_encoder": lambda: components.text_encoder(words.tower, context),
+            "unet": lambda: denoisers.denoiser(unet(), size, context, step=1),
+            "vae_decoder": lambda: components.vae_decoder(
+                AutoencoderTiny.from_pretrained(pipeline.vae_folder), size
+            ),
+        }
+        for name, load in networks.items():
+            (folder / name).mkdir(parents=True)
+            with torch.inference_mode():
+                load().trace(folder / name / "model.onnx")
+
+
+def _optimum(home: Path, folder: Path) -> None:
+    """Let optimum export the pipeline; it cannot trace AutoencoderTiny, so that one is ours."""
+    from cloud_server.torchvision_guard import guard
+
+    guard()
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from optimum.exporters.onnx import main_export
+
+    # A decoder that optimum knows stands in while it exports the rest.
+    stand_in = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1)
+    with_it = folder.with_name("optimum-model.partial")
+    pipeline = StableDiffusionPipeline.from_pretrained(home / "model", vae=stand_in)
+    pipeline.save_pretrained(with_it)
+    main_export(str(with_it), folder, task="text-to-image", do_validation=False)
+    shutil.rmtree(with_it)
+    shutil.rmtree(folder / "vae_encoder")
+    shutil.rmtree(folder / "vae_decoder")
+    shutil.copytree(home / "traced" / "vae_decoder", folder / "vae_decoder")
+    shutil.copy(home / "model" / "vae" / "config.json", folder / "vae_decoder" / "config.json")
+
+
+def _text_model(home: Path, folder: Path, small: bool) -> None:
+    from benchmarks.peers.models import MODELS, SMALL_MODELS, make_text_encoder
+
+    make_text_encoder((SMALL_MODELS if small else MODELS)["tiny-sd"].text).save_pretrained(folder)
+
+
+def _text_int8(home: Path, folder: Path, small: bool) -> None:
+    from cloud_server.torchvision_guard import guard
+
+    guard()
+    from transformers import CLIPTextModel
+
+    from benchmarks.decision import quantized_text
+    from cloud_server.training.towers import ClipTower
+    from export.quiet import quiet
+
+    with quiet():
+        tower = ClipTower(CLIPTextModel.from_pretrained(home / "model").eval())
+        quantized_text(tower, folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), "small" in sys.argv[4:])
