@@ -61,6 +61,7 @@ class Bar:
     peer: str
     most: float
     ours: str = "ours"  # in the contender's name; of several the best counts
+    enough: float | None = None  # of the quantity itself, where that will do as well
 
 
 BARS = (
@@ -72,7 +73,7 @@ BARS = (
     Bar("tiny-sd", "p50_s", "diffusers-bf16", 0.55),
     Bar("tiny-sd", "p50_s", "optimum", 0.5),
     Bar("tiny-sd", "p50_s", "openvino", 1.0),
-    Bar(TEXT, "p50_s", "torch-fp32", 0.2, ours="onnxruntime-int8"),
+    Bar(TEXT, "p50_s", "torch-fp32", 0.2, ours="onnxruntime-int8", enough=0.020),
     Bar("sd-turbo", "first_s", "diffusers-fp32", 0.5),
     Bar("sd-turbo", "peak_rss_mb", "diffusers-fp32", 0.75, ours=LOW),
     Bar("starter", "p50_s", "diffusers-fp32", 0.5),
@@ -211,8 +212,7 @@ def _measured(
     results.mkdir(parents=True, exist_ok=True)
     found = {}
     for contender in case.contenders:
-        slug = f"{case.name}--{contender.replace(' ', '-').replace('=', '-')}"
-        file = results / f"{slug}.json"
+        file = _file(results, case, contender)
         if fresh or not file.is_file():
             click.echo(f"{case.name}: {contender}", err=True)
             wanted = _task(case, work / case.name, contender, threads, repeats)
@@ -227,8 +227,13 @@ def _measured(
             first["load"] = os.getloadavg()[0]
             file.write_text(json.dumps(first), encoding="utf-8")
         found[contender] = _summary(json.loads(file.read_text(encoding="utf-8")))
-        found[contender]["psnr_db"] = _near(results, case.name, file)
+    for contender, its in found.items():  # now that the picture to compare with is there
+        its["psnr_db"] = _near(results, case.name, _file(results, case, contender))
     return found
+
+
+def _file(results: Path, case: Case, contender: str) -> Path:
+    return results / f"{case.name}--{contender.replace(' ', '-').replace('=', '-')}.json"
 
 
 def _task(
@@ -318,9 +323,10 @@ def _reached(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]
             continue
         best = min(own, key=lambda name: own[name][bar.what])
         ratio = own[best][bar.what] / known[bar.peer][bar.what]
-        told = "reached" if ratio <= bar.most else "missed"
+        most = f"{bar.most:.2f}" if bar.enough is None else f"{bar.most:.2f} or {bar.enough:g} s"
+        done = ratio <= bar.most or own[best][bar.what] <= (bar.enough or 0.0)
         what = f"{bar.case}: {WORDS[bar.what]} of {best!r}"
-        yield what, bar.peer, f"{ratio:.2f}", f"{bar.most:.2f}", told
+        yield what, bar.peer, f"{ratio:.2f}", most, "reached" if done else "missed"
 
 
 def _conditions(threads: int) -> list[str]:
