@@ -165,7 +165,11 @@ def _fit_linear(
     training: Rows,
     related: Floats | None,
 ) -> LinearPredictor:
-    """Put predicted gaps into the formula of D: before its sigmoid that is linear too."""
+    """Put predicted gaps into the formula of D: before its sigmoid that is linear too.
+
+    What a prompt does not tell of a gap pulls the expected D towards 1/2: for a Gaussian rest of
+    variance v the sigmoid of x / sqrt(1 + pi v / 8) is close to it (MacKay 1992, equation 10).
+    """
     q_edge, q_cloud = labels.q.mean(axis=2)
     count = q_edge.shape[1]
     columns = np.concatenate([q_edge, q_cloud, *([] if related is None else [related])], axis=1)
@@ -176,9 +180,11 @@ def _fit_linear(
     model = LinearPredictor(config)
     gap_weight = (fit.weight[:, :count] - fit.weight[:, count : 2 * count]) / scale
     gap_bias = (fit.bias[:count] - fit.bias[count : 2 * count]) / scale
+    rest = (q_edge - q_cloud)[training] / scale - inputs @ gap_weight - gap_bias
+    pull = 1.0 / np.sqrt(1.0 + np.pi * rest.var(0) / 8.0)
     model.load_state_dict({
-        "weight": torch.from_numpy(gap_weight.T).float(),
-        "bias": torch.from_numpy(gap_bias).float(),
+        "weight": torch.from_numpy((gap_weight * pull).T).float(),
+        "bias": torch.from_numpy(gap_bias * pull).float(),
     })  # fmt: skip
     return model.eval()
 

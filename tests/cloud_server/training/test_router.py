@@ -177,6 +177,18 @@ def test_auto_never_sees_prompts_outside_the_training(tmp_path, monkeypatch):
     assert all(rows.max() < 30 for rows in seen)
 
 
+def test_what_is_predicted_of_noisy_gaps_is_the_mean_and_no_extreme(tmp_path):
+    features, labels, _ = a_world_of_words(prompts=1000, noise=0.2, seed=4)
+    labels = labels_of(np.clip(labels.q - np.array([0.2, 0.0])[:, None, None, None], 0, 1))
+    learned = learn(
+        features, labels, np.full(2, 0.5), np.arange(500), 0,
+        settings=Settings("linear"), work=tmp_path, budget=STEPS, device="cpu",
+    )  # fmt: skip
+    predicted, true = learned.predict(features)[500:].mean(0), learned.d[500:].mean(0)
+    assert (true < 0.35).all()  # far enough from 1/2 for the mean of D not to be D of the mean
+    np.testing.assert_allclose(predicted, true, atol=0.02)
+
+
 def test_other_models_of_a_table_help_to_learn_a_noisy_pair(tmp_path):
     """The pair is rated with much noise; ten others suffer from the same prompts."""
     gains = []
