@@ -179,8 +179,7 @@ def evaluate_starter(
         f"cloud-server evaluate-starter --models {models} --judge {judge} --seed {seed} "
         f"--device {chosen} --pictures {pictures}"
     )
-    card_text = card_file.read_text(encoding="utf-8") if card_file else None
-    if card_text is not None and not has_place(card_text):
+    if card_file and not has_place(card_file.read_text(encoding="utf-8")):
         raise click.ClickException(
             f"{card_file} has no place for the numbers; add the lines {' and '.join(MARKERS)}"
         )
@@ -194,5 +193,6 @@ def evaluate_starter(
         json_file.write("\n")
     else:
         click.echo(numbers)
-    if card_file and card_text is not None:
-        card_file.write_text(rewrite(card_text, numbers), encoding="utf-8")
+    if card_file:  # as it is now: somebody may have written in it meanwhile
+        text = card_file.read_text(encoding="utf-8")
+        card_file.write_text(rewrite(text, numbers), encoding="utf-8")
