@@ -162,7 +162,7 @@ class Exam:
         alone = next(iter(changed.values())).loss if len(changed) == 1 else None
         with TemporaryDirectory(dir=self._bundle.path) as folder:
             files = {
-                name: self._as_measured(component, Path(folder) / name)
+                name: self._as_measured(name, component, Path(folder) / name)
                 for name, component in changed.items()
             }
             bundle = replace(self._bundle, components={**self._bundle.components, **files})
@@ -173,13 +173,13 @@ class Exam:
                 accepted=False,
             )
 
-    def _as_measured(self, component: Component, folder: Path) -> Component:
+    def _as_measured(self, name: str, component: Component, folder: Path) -> Component:
         folder.mkdir()
         model = as_measured(self._bundle.path / component.file, component.precision, folder)
         file = str(model.relative_to(self._bundle.path))
         optimized = component.optimized or component.precision == FP16
         # Called fp32, since the device refuses to run fp16 on a processor: here it is to.
-        return replace(component, file=file, precision=FP32, optimized=optimized)
+        return replace(component, name=name, file=file, precision=FP32, optimized=optimized)
 
     def _picture_psnr_db(self, bundle: Bundle) -> float:
         """Return the PSNR of the mean error over all pictures."""
