@@ -67,7 +67,9 @@ def fit_gate(model: Iciia, plain: Tensor, cohort: Cohort, seed: int) -> Gate:
         signs.append(part)
         better.append(helped)
     x, y = torch.cat(signs), torch.cat(better).float()
-    scale = x.std(0).clamp_min(1e-6)
+    if not len(x):  # the module never names another class: the gate stays shut
+        return gate
+    scale = x.std(0, unbiased=False).clamp_min(1e-6)
     scale[-1] = 1.0
     weights = torch.zeros(len(SIGNS), requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")

@@ -141,6 +141,15 @@ def test_the_gates_signs_are_what_their_names_say() -> None:
     assert signs["one"] == 1.0
 
 
+def test_the_gate_stays_shut_where_the_module_is_never_alone_right_or_wrong(
+    trained: Iciia, cohort: Cohort
+) -> None:
+    nothing_right = replace(cohort, labels=np.full(len(cohort.labels), trained.config.classes))
+    plain = torch.zeros(len(cohort.labels), dtype=torch.int64)
+    gate = fit_gate(trained, plain, nothing_right, seed=0)
+    assert not gate.weights.any()
+
+
 def test_the_gate_opens_for_a_client_and_not_for_a_crowd(trained: Iciia, cohort: Cohort) -> None:
     # This backbone tells the pairs apart by the toss of a coin that favours the odd ones.
     plain = torch.from_numpy(cohort.labels // 2 * 2 + (np.arange(len(cohort.labels)) % 3 == 0))
