@@ -28,7 +28,7 @@ from benchmarks.peers.prepare import PARTS, ROOT, TEXT, prepare, prepare_starter
 PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "diffusers", "optimum-onnx")
 OPTIONAL = {"openvino": "openvino", "stable-diffusion.cpp": "stable_diffusion_cpp"}
 PEERS = ("diffusers-fp32", "diffusers-bf16", "optimum", "openvino", "stable-diffusion.cpp")
-NEEDS = {"optimum": ("traced", "optimum"), "openvino": ("bundle", "traced")}
+NEEDS = {"optimum": ("optimum",), "openvino": ("bundle", "optimum")}
 STARTED = ("ours", "diffusers-fp32")  # whose starts are compared; contenders begin with these
 LOW = "memory=low"
 LIMIT_S = 600

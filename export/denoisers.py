@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cloud_server.torchvision_guard import guard
+from export.fused import fuse
 from export.network import Network, trace_by_running
 
 guard()
@@ -33,6 +34,7 @@ class UNet(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel, text_width: int) -> None:
         super().__init__()
+        fuse(unet)
         self.unet = unet
         config = unet.config
         self.channels = int(config.in_channels)

@@ -18,6 +18,7 @@ from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 from export.errors import ExportError
+from export.fused import write_standard
 from export.optimise import BASIC, MIN_EXTERNAL_BYTES, optimise
 from export.precision import FP16, INT4, INT8
 
@@ -38,10 +39,14 @@ def lower(traced: Path, finished: Path, precision: str) -> None:
     finished.parent.mkdir(parents=True)
     with TemporaryDirectory(dir=finished.parent.parent) as workspace:
         folded, lowered = Path(workspace) / "folded.onnx", Path(workspace) / "lowered.onnx"
-        optimise(traced, folded, BASIC)  # so that weights are constants, and types are known
         if precision == FP16:
+            standard = traced.with_name("standard.onnx")
+            write_standard(traced, standard)
+            optimise(standard, folded, BASIC)
             _halve(folded, finished)
+            standard.unlink()
         else:
+            optimise(traced, folded, BASIC)  # so that weights are constants, and types are known
             _QUANTISERS[precision](folded, lowered)
             _refuse_unchanged(lowered)
             optimise(lowered, finished)

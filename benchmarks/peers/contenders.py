@@ -139,7 +139,7 @@ def openvino(task: Task) -> Draw:
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": task.threads}
 
     def compiled(name: str) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-        model = core.read_model(task.home / "traced" / name / "model.onnx")
+        model = core.read_model(task.home / "optimum" / name / "model.onnx")
         model.reshape(shapes[name])
         request = core.compile_model(model, "CPU", hints).create_infer_request()
         return lambda feeds: np.array(request.infer(dict(feeds))[0])

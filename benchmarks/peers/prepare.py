@@ -8,14 +8,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from cloud_server.starter import starter_folder
 
 ROOT = Path(__file__).parents[2]
 # Folders of a pipeline, in the order of making; each is made from those before it.
-PARTS = ("model", "bundle", "traced", "optimum")
+PARTS = ("model", "bundle", "optimum")
 TEXT = "clip-vit-l-14"
 TEXT_PARTS = ("model", "text")
 
@@ -23,8 +22,8 @@ TEXT_PARTS = ("model", "text")
 def prepare(name: str, work: Path, small: bool, wanted: tuple[str, ...]) -> None:
     """Make the folders of pipeline `name` that are `wanted` and not there yet, under `work`.
 
-    `bundle` is the device's, exported again only where it is out of date; `traced` holds plain ONNX
-    files for OpenVINO; `optimum` what optimum exports, which decodes with the same traced decoder.
+    `bundle` is the device's, exported again only where it is out of date; `optimum` is what optimum
+    exports, which OpenVINO reads too, with the decoder that it cannot trace.
     """
     for part in PARTS:
         done = (work / name / part).is_dir() and part != "bundle"  # export knows what it may keep
@@ -61,7 +60,6 @@ def main(part: str, name: str, work: Path, small: bool) -> None:
     if part == "bundle":
         _bundle(home)
         return
-    makers: dict[str, Callable[[Path, Path], None]] = {"traced": _traced, "optimum": _optimum}
     partial = home / f"{part}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     if name == TEXT:
@@ -71,7 +69,7 @@ def main(part: str, name: str, work: Path, small: bool) -> None:
 
         make_pipeline((SMALL_MODELS if small else MODELS)[name], partial)
     else:
-        makers[part](home, partial)
+        _optimum(home, partial)
     partial.rename(home / part)
 
 
@@ -85,48 +83,18 @@ def _export(bundle: Path, *options: str) -> None:
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
 
 
-def _traced(home: Path, folder: Path) -> None:
-    """Write the ONNX files that the bundle is optimised from: an engine may know better."""
-    import torch
-
-    from cloud_server.torchvision_guard import guard
-
-    guard()
-    from diffusers import AutoencoderTiny, UNet2DConditionModel
-
-    from export import components, denoisers, text
-    from export.quiet import quiet
-    from export.sources import open_pipeline
-
-    with quiet():
-        pipeline = open_pipeline(str(home / "model"))
-        (words,) = text.from_pipeline(pipeline.folder, pipeline.family)
-        size, context = pipeline.latent_size, words.context_length
-
-        def unet() -> denoisers.UNet:
-            model = UNet2DConditionModel.from_pretrained(pipeline.folder / "unet")
-            return denoisers.UNet(model, words.tower.width)
-
-        networks = {
-            "text_encoder": lambda: components.text_encoder(words.tower, context),
-            "unet": lambda: denoisers.denoiser(unet(), size, context, step=1),
-            "vae_decoder": lambda: components.vae_decoder(
-                AutoencoderTiny.from_pretrained(pipeline.vae_folder), size
-            ),
-        }
-        for name, load in networks.items():
-            (folder / name).mkdir(parents=True)
-            with torch.inference_mode():
-                load().trace(folder / name / "model.onnx")
-
-
 def _optimum(home: Path, folder: Path) -> None:
     """Let optimum export the pipeline; it cannot trace AutoencoderTiny, so that one is ours."""
     from cloud_server.torchvision_guard import guard
 
     guard()
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    import torch
+    from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
     from optimum.exporters.onnx import main_export
+
+    from export import components
+    from export.quiet import quiet
+    from export.sources import open_pipeline
 
     # A decoder that optimum knows stands in while it exports the rest.
     stand_in = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1)
@@ -136,8 +104,14 @@ def _optimum(home: Path, folder: Path) -> None:
     main_export(str(with_it), folder, task="text-to-image", do_validation=False)
     shutil.rmtree(with_it)
     shutil.rmtree(folder / "vae_encoder")
-    shutil.rmtree(folder / "vae_decoder")
-    shutil.copytree(home / "traced" / "vae_decoder", folder / "vae_decoder")
+    for left in (folder / "vae_decoder").iterdir():
+        left.unlink()
+    own = open_pipeline(str(home / "model"))
+    decoder = components.vae_decoder(
+        AutoencoderTiny.from_pretrained(own.vae_folder), own.latent_size
+    )
+    with quiet(), torch.inference_mode():
+        decoder.trace(folder / "vae_decoder" / "model.onnx")
     shutil.copy(home / "model" / "vae" / "config.json", folder / "vae_decoder" / "config.json")
 
 

@@ -23,9 +23,10 @@ from cloud_server.training.starter.scenes import FONT_PATHS, FontMissing
 from edge_agent.recognition.pictures import Pixels
 
 EMOJI_TEST: Final = Path("/usr/share/unicode/emoji/emoji-test.txt")
-SIDE: Final = 64
+SIDE: Final = 64  # of Omniglot's pictures
+EMOJI_SIDE: Final = 96
 PICTURES_OF_A_CLASS: Final = {"train": 24, "val": 6, "test": 10}
-SMALLEST, NOISIEST = 0.25, 0.25  # emoji, of the side; spread of noise, of the range of pixels
+SMALLEST, NOISIEST = 0.2, 0.3  # emoji, of the side; spread of noise, of the range of pixels
 CLASSES_OF_A_CLIENT: Final = 15
 PICTURES_IN_A_CLIENT: Final = {"train": 6, "val": 6, "test": 5}  # of each of its classes
 # A backbone knows the drawings that it learnt from by heart; a module that learnt from its answers
@@ -65,7 +66,7 @@ def named_emoji(file: Path = EMOJI_TEST) -> list[Emoji]:
     return found
 
 
-def sprites(emoji: list[Emoji], side: int = SIDE) -> NDArray[np.uint8]:
+def sprites(emoji: list[Emoji], side: int = EMOJI_SIDE) -> NDArray[np.uint8]:
     """Draw each emoji as RGBA, colour multiplied by opacity: (n, side, side, 4)."""
     path = next((path for path in FONT_PATHS if path.is_file()), None)
     if path is None:
@@ -117,7 +118,7 @@ class EmojiWorld:
             clients={"subgroup": subgroup, "random": self._random_clients(labels, splits)},
             draw=lambda indices: self._stored(labels, indices),
             lesson=self._lesson,
-            side=SIDE,
+            side=EMOJI_SIDE,
             digest=hashlib.sha256(about.encode()).hexdigest(),
         )
 
@@ -136,7 +137,7 @@ class EmojiWorld:
 
     def _stored(self, labels: Ints, indices: Ints) -> Pixels:
         # A picture depends on its chunk alone, so that any part of the world can be drawn again.
-        drawn = np.empty((len(indices), SIDE, SIDE, 3), np.uint8)
+        drawn = np.empty((len(indices), EMOJI_SIDE, EMOJI_SIDE, 3), np.uint8)
         for chunk in np.unique(indices // _CHUNK):
             inside = np.flatnonzero(indices // _CHUNK == chunk)
             whole = labels[chunk * _CHUNK : (chunk + 1) * _CHUNK]
@@ -150,7 +151,7 @@ class EmojiWorld:
         return self.draw(labels, rng), labels
 
     def draw(self, labels: Ints, rng: np.random.Generator) -> Pixels:
-        """Return one picture of each label, (n, 64, 64, 3)."""
+        """Return one picture of each label, (n, 96, 96, 3)."""
         n = len(labels)
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -161,7 +162,7 @@ class EmojiWorld:
         room = (1.05 - size) / size
         x, y = uniform(-1, 1) * room, uniform(-1, 1) * room
         turn = torch.stack([cos, -sin, x, sin, cos, y], 1).view(n, 2, 3)
-        grid = F.affine_grid(turn, [n, 4, SIDE, SIDE], align_corners=False)
+        grid = F.affine_grid(turn, [n, 4, EMOJI_SIDE, EMOJI_SIDE], align_corners=False)
         sprite = self._sprites[torch.from_numpy(labels)].float().div_(255)
         sprite = F.grid_sample(sprite, grid, align_corners=False)
         colour, opacity = sprite[:, :3], sprite[:, 3:]
@@ -169,11 +170,11 @@ class EmojiWorld:
         colour = (grey + (colour - grey) * uniform(0.0, 1.0, 1, 1, 1)) * uniform(0.6, 1.2, 3, 1, 1)
         coarse, fine = uniform(0.1, 0.9, 3, 2, 2), uniform(-0.15, 0.15, 3, 8, 8)
         below = sum(
-            F.interpolate(part, (SIDE, SIDE), mode="bilinear", align_corners=True)
+            F.interpolate(part, (EMOJI_SIDE, EMOJI_SIDE), mode="bilinear", align_corners=True)
             for part in (coarse, fine)
         )
         picture = below * (1 - opacity) + colour
-        blurred = F.avg_pool2d(picture, 5, 1, 2, count_include_pad=False)
+        blurred = F.avg_pool2d(picture, 7, 1, 3, count_include_pad=False)
         picture = torch.lerp(picture, blurred, uniform(0.0, 1.0, 1, 1, 1))
         noise = torch.from_numpy(rng.standard_normal(picture.shape, np.float32))
         picture = picture + noise * uniform(0.0, NOISIEST, 1, 1, 1)
