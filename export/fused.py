@@ -88,8 +88,9 @@ class SplitGeglu(nn.Module):
             for _ in range(2)
         )
         for name in ("weight", "bias"):
-            for half, part in zip((self.value, self.gate), getattr(projection, name).chunk(2)):
-                setattr(half, name, nn.Parameter(part, requires_grad=False))
+            first, second = getattr(projection, name).chunk(2)
+            setattr(self.value, name, nn.Parameter(first, requires_grad=False))
+            setattr(self.gate, name, nn.Parameter(second, requires_grad=False))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.value(hidden_states) * functional.gelu(self.gate(hidden_states))

@@ -26,7 +26,7 @@ from export.text import Texts
 guard()
 import diffusers  # noqa: E402  the guard must come first
 
-REVISION = 4  # raise when components come out differently, so that none older is kept
+REVISION = 5  # raise when components come out differently, so that none older is kept
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,15 +58,14 @@ def fit_gate(model: Iciia, plain: Tensor, cohort: Cohort, seed: int) -> Gate:
     """Fit the rule on the validation split, its clients mixed to all levels of heterogeneity.
 
     It learns from pictures that only one of both names rightly, which makes 1/2 the point where
-    both are as often right. `plain` (N,) is what the backbone names.
+    both are as often right. Where clients are all alike that is not enough: there it is raised
+    until the module harms no more pictures than it helps. `plain` (N,) is what the backbone names.
     """
     gate = Gate(model.config.width)
     gate.centre.copy_(cohort.features[np.flatnonzero(cohort.splits == 0)].mean(0))
-    signs, better = [], []
-    for part, helped in _cases(gate, model, plain, cohort, seed):
-        signs.append(part)
-        better.append(helped)
-    x, y = torch.cat(signs), torch.cat(better).float()
+    cases = list(_cases(gate, model, plain, cohort, seed))
+    x = torch.cat([signs for _, signs, _ in cases])
+    y = torch.cat([helped for *_, helped in cases]).float()
     if not len(x):  # the module never names another class: the gate stays shut
         return gate
     scale = x.std(0, unbiased=False).clamp_min(1e-6)
@@ -83,12 +82,26 @@ def fit_gate(model: Iciia, plain: Tensor, cohort: Cohort, seed: int) -> Gate:
 
     optimizer.step(closure)
     gate.weights.copy_(weights.detach() / scale)
+    alike = [(signs @ gate.weights, helped) for level, signs, helped in cases if level == 0]
+    if alike:
+        scores, helped = (torch.cat(parts) for parts in zip(*alike, strict=True))
+        gate.weights[-1] -= harmless(scores, helped)
     return gate
+
+
+def harmless(scores: Tensor, helped: Tensor) -> float:
+    """Return the lowest threshold, 0 or above, over which as many are `helped` (n,) as harmed."""
+    order = scores.argsort(descending=True)
+    balance = (2 * helped[order].long() - 1).cumsum(0)  # of all whose score is at least this
+    open_ones = int((scores > 0).sum())
+    kept = max((n for n in range(1, open_ones + 1) if balance[n - 1] >= 0), default=0)
+    return 0.0 if kept == open_ones else float(scores[order[kept]])
 
 
 def _cases(
     gate: Gate, model: Iciia, plain: Tensor, cohort: Cohort, seed: int
-) -> Iterable[tuple[Tensor, Tensor]]:
+) -> Iterable[tuple[float, Tensor, Tensor]]:
+    """Yield level, signs and whether the module helped, of pictures where both differ."""
     labels = torch.from_numpy(cohort.labels)
     val: Ints = np.flatnonzero(cohort.splits == 1)
     for level in LEVELS:
@@ -101,7 +114,7 @@ def _cases(
             right, before = named == labels[met.targets], plain[met.targets] == labels[met.targets]
             differ = (right != before).numpy()
             signs = answers(_Signs(gate), cohort.features, met)
-            yield signs[torch.from_numpy(differ)], right[torch.from_numpy(differ)]
+            yield level, signs[torch.from_numpy(differ)], right[torch.from_numpy(differ)]
 
 
 class _Signs(nn.Module):

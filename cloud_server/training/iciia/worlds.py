@@ -25,7 +25,7 @@ from edge_agent.recognition.pictures import Pixels
 EMOJI_TEST: Final = Path("/usr/share/unicode/emoji/emoji-test.txt")
 SIDE: Final = 64  # of Omniglot's pictures
 EMOJI_SIDE: Final = 96
-PICTURES_OF_A_CLASS: Final = {"train": 24, "val": 6, "test": 10}
+PICTURES_OF_A_CLASS: Final = {"train": 96, "val": 6, "test": 10}
 SMALLEST, NOISIEST = 0.2, 0.3  # emoji, of the side; spread of noise, of the range of pixels
 CLASSES_OF_A_CLIENT: Final = 15
 PICTURES_IN_A_CLIENT: Final = {"train": 6, "val": 6, "test": 5}  # of each of its classes
