@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.predictor import PredictorConfig, build
 from cloud_server.training.towers import ClipTower
 from export import components
+from export.lowering import lower
 from export.optimise import optimise
+from export.precision import INT8
 from export.quiet import quiet
 
 guard()
@@ -42,19 +43,6 @@ VIT_L_14: dict[str, Any] = {
 METRICS = 11
 
 
-def quantized_text(tower: ClipTower, folder: Path) -> None:
-    """Write `tower` to `traced.onnx` in `folder`, and to `int8.onnx` with 8-bit weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    components.text_encoder(tower, tower.context_length).trace(folder / "traced.onnx")
-    quantize_dynamic(
-        folder / "traced.onnx",
-        folder / "int8.onnx",
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        use_external_data_format=True,
-    )
-
-
 @contextmanager
 def decisions(
     sizes: dict[str, Any], words: Sequence[int], threads: int
@@ -62,8 +50,7 @@ def decisions(
     """Yield functions by name, each of which does the work for prompt i, `words[i]` tokens long.
 
     `sizes` are those of a CLIPTextConfig. The names are "gated predictor", "linear predictor",
-    "fp32 encoder and gated predictor", and the same with int8; the latter has 8-bit weights in
-    its matrix products, and activations quantised as they come.
+    "fp32 encoder and gated predictor", and the same with int8, lowered as for a bundle.
     """
     torch.manual_seed(0)
     tower = ClipTower(CLIPTextModel(CLIPTextConfig(**sizes)).eval())
@@ -76,15 +63,17 @@ def decisions(
     with TemporaryDirectory() as name, warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")  # the exporter's own
         folder = Path(name)
-        quantized_text(tower, folder)
-        optimise(folder / "traced.onnx", folder / "fp32.onnx")
+        traced = folder / "traced.onnx"
+        components.text_encoder(tower, tower.context_length).trace(traced)
+        optimise(traced, folder / "fp32" / "model.onnx")
+        lower(traced, folder / "int8" / "model.onnx", INT8)
         predictors = {}
         for kind in ("gated", "linear"):
             model = build(PredictorConfig(tower.width, METRICS, kind=kind)).eval()
             file = folder / f"{kind}.onnx"
             components.predictor(model, tower.context_length).trace(file)
             predictors[kind] = open_session(file)
-        encoders = {kind: open_session(folder / f"{kind}.onnx") for kind in ("fp32", "int8")}
+        encoders = {kind: open_session(folder / kind / "model.onnx") for kind in ("fp32", "int8")}
 
         rng = np.random.default_rng(0)
         prompts = [rng.integers(0, tower.vocab_size - 2, (1, count + 2)) for count in words]

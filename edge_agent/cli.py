@@ -6,31 +6,29 @@ Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_agent.config import OPTIONS, Settings, resolve
 from edge_agent.errors import AgentError, Cancelled, ConfigError
-from edge_agent.types import (
-    Cancellation,
-    Decision,
-    Event,
-    Fallback,
-    Memory,
-    OnEvent,
-    Preview,
-    Queued,
-    Result,
-    Step,
+from edge_agent.terminal import (
+    PROGRAM,
+    cancellable,
+    note,
+    note_ignored,
+    output_file,
+    previews,
+    print_json,
+    progress,
+    prompts_in,
 )
+from edge_agent.types import Result
 
 if TYPE_CHECKING:
     from edge_agent.agent import EdgeAgent
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
     from edge_agent.recognition.recognizer import Label, Recognition, Recognizer
     from edge_agent.routing.budget.ledger import Ledger
 
-PROGRAM = "edge-agent"
-T = TypeVar("T")
 Command = Callable[..., Any]
 _BUDGET = ("budget_pictures", "budget_cost", "cloud_cost", "ledger")
 _RECOGNIZING = ("client", "history", "histories", "top")
@@ -102,7 +98,7 @@ def cli() -> None:
 def route(state: State, /, prompts: tuple[str, ...], file: str | None, **flags: Any) -> None:
     """Decide where each PROMPT would be drawn; draw nothing, open no connection."""
     settings = _resolve(state, flags)
-    everything = [*prompts, *(_prompts_in(file) if file else ())]
+    everything = [*prompts, *(prompts_in(file) if file else ())]
     if not everything:
         raise ConfigError("there is no prompt to decide on; give PROMPT... or --file FILE")
     from edge_agent.prompt import check_prompt
@@ -121,13 +117,13 @@ def route(state: State, /, prompts: tuple[str, ...], file: str | None, **flags: 
                 from edge_agent.records import decision_to_json
 
                 timings_ms = {"open": 1e3 * (opened - started), "decide": 1e3 * (ended - begun)}
-                _print_json(decision_to_json(prompt, decision, timings_ms))
+                print_json(decision_to_json(prompt, decision, timings_ms))
             else:
                 click.echo(f"{decision.route.value:<5}  {decision.score:.3f}  {prompt}")
             if not settings.quiet:
-                _note_ignored(decision)
+                note_ignored(decision)
     if not (settings.json or settings.quiet):
-        _note(f"cloud above score {decision.threshold:.3f}, at a share of {decision.share:g}")
+        note(f"cloud above score {decision.threshold:.3f}, at a share of {decision.share:g}")
 
 
 @cli.command()
@@ -143,24 +139,24 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
     from edge_agent.records import png_record, result_to_json
 
     check_request(request)
-    check_folder(_output_file(settings.output, request.prompt, 0))
+    check_folder(output_file(settings.output, request.prompt, 0))
     with (
         _open_agent(settings) as agent,
-        _progress(settings.quiet) as tell,
-        _previews(agent, settings, request.prompt, tell) as on_event,
+        progress(settings.quiet) as tell,
+        previews(agent, settings, request.prompt, tell) as on_event,
     ):
-        result = _cancellable(lambda flag: agent.generate(request, on_event, flag))
+        result = cancellable(lambda flag: agent.generate(request, on_event, flag))
         tags = _tags(agent.bundle, settings, result)
     if not settings.quiet:
-        _note_ignored(result.decision)
-    file = _output_file(settings.output, result.prompt, result.picture.seed)
+        note_ignored(result.decision)
+    file = output_file(settings.output, result.prompt, result.picture.seed)
     write_png(file, result.picture.image, png_record(result, tags))
     if settings.json:
-        _print_json(result_to_json(result, file, tags))
+        print_json(result_to_json(result, file, tags))
     else:
         click.echo(file)
         if not settings.quiet:
-            _note(
+            note(
                 f"drawn on the {result.drawn_on.value} by {result.picture.model}, "
                 f"seed {result.picture.seed}, {result.timings_ms['total'] / 1e3:.1f} s"
             )
@@ -200,10 +196,10 @@ def recognize(state: State, /, images: tuple[Path, ...], forget: str | None, **f
     for found in _recognized(recognizer, images, settings.client):
         if isinstance(found, AgentError):
             failed = True
-            _note(str(found))
+            note(str(found))
             continue
         if found.note and found.note not in notes and not settings.quiet:
-            _note(found.note)
+            note(found.note)
             notes.add(found.note)
         _print_recognition(found, settings)
     return 1 if failed else 0
@@ -218,10 +214,10 @@ def doctor(state: State, /, measure: bool, **flags: Any) -> int:
     from edge_agent.doctor import examine, report_lines
 
     settings = _resolve(state, flags)
-    tell = (lambda _: None) if settings.quiet else _note
+    tell = (lambda _: None) if settings.quiet else note
     report = examine(settings, tell if measure else None)
     if settings.json:
-        _print_json(report)
+        print_json(report)
     else:
         click.echo("\n".join(report_lines(report)))
     return 0 if report["bundle"]["ok"] else 1
@@ -262,7 +258,7 @@ def _fail(state: State, code: int, message: str, err: BaseException) -> int:
         import traceback
 
         traceback.print_exception(err)
-    _note(message)
+    note(message)
     return code
 
 
@@ -316,7 +312,7 @@ def _tags(bundle: Bundle, settings: Settings, result: Result) -> Sequence[Label]
         )
         return recognizer.tags(result.picture.image)
     except AgentError as err:  # no reason to lose the picture
-        _note(f"the picture has no tags: {err}")
+        note(f"the picture has no tags: {err}")
         return None
 
 
@@ -326,7 +322,7 @@ def _forget(settings: Settings, client: str) -> None:
     existed = forget(settings.histories, client)
     if not settings.quiet:
         what = "the history of" if existed else "there was no history of"
-        _note(f"{what} client {client!r}{' is deleted' if existed else ''}")
+        note(f"{what} client {client!r}{' is deleted' if existed else ''}")
 
 
 def _recognized(
@@ -349,7 +345,7 @@ def _print_recognition(found: Recognition, settings: Settings) -> None:
     if settings.json:
         labels = [{"name": one.name, "probability": one.probability} for one in found.labels]
         about = {"client": settings.client, "adapted": found.adapted, "history": found.history}
-        _print_json({"file": str(found.file), "labels": labels, **about})
+        print_json({"file": str(found.file), "labels": labels, **about})
     else:
         labels_shown = ", ".join(f"{one.name} {one.probability:.1%}" for one in found.labels)
         click.echo(f"{found.file}: {labels_shown}")
@@ -359,147 +355,3 @@ def _connect(address: str) -> Any:
     from edge_agent.cloud.client import CloudClient
 
     return CloudClient(address)
-
-
-def _prompts_in(file: str) -> list[str]:
-    try:
-        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        lines = raw.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as err:
-        raise ConfigError(f"--file {file} is not UTF-8 ({err.reason}); convert it") from err
-    except OSError as err:
-        raise ConfigError(f"--file {file} cannot be read ({err.strerror})") from err
-    return [line for line in lines if line.strip()]
-
-
-def _output_file(output: Path | None, prompt: str, seed: int) -> Path:
-    """Return where the picture goes: `output`, or a name made of prompt and seed, never in use."""
-    if output is not None and not output.is_dir():
-        if output.suffix.lower() != ".png":
-            raise ConfigError(f"-o {output} does not end in .png; only PNG pictures are written")
-        return output
-    stem = f"{_words(prompt)}-{seed}"
-    folder = output or Path()
-    file, copy = folder / f"{stem}.png", 1
-    while file.exists():
-        copy += 1
-        file = folder / f"{stem}-{copy}.png"
-    return file
-
-
-def _words(prompt: str) -> str:
-    """Return the beginning of a prompt as a file's name without suffix."""
-    words = "".join(letter if letter.isalnum() else " " for letter in prompt.lower()).split()
-    return "-".join(words)[:48].rstrip("-") or "picture"
-
-
-def _cancellable(work: Callable[[Cancellation], T]) -> T:
-    """Run `work` in a thread, so that the first Ctrl-C can stop it inside a step.
-
-    Python delivers signals only to the main thread and not while that is inside onnxruntime. A
-    second Ctrl-C ends the process at once.
-    """
-    from concurrent.futures import Future, wait
-    from threading import Thread
-
-    cancellation = Cancellation()
-    future: Future[T] = Future()
-
-    def target() -> None:
-        try:
-            future.set_result(work(cancellation))
-        except BaseException as err:
-            future.set_exception(err)
-
-    def on_interrupt(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        cancellation.cancel()
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        Thread(target=target, name="drawing", daemon=True).start()
-        while not future.done():
-            wait([future], timeout=0.2)  # a wait without end cannot be interrupted on Windows
-        if cancellation.cancelled:
-            raise Cancelled("stopped")
-        return future.result()
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[OnEvent]:
-    """Show steps as a bar on a terminal, and a change of sides as a note."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda event: _tell(event, quiet)
-        return
-    from tqdm import tqdm
-
-    with tqdm(unit="step", leave=False, file=sys.stderr) as bar:
-
-        def on_event(event: Event) -> None:
-            if isinstance(event, Step):
-                bar.total = event.total
-                bar.update(event.index - bar.n)
-            elif isinstance(event, Queued):
-                bar.set_description(f"{event.position} ahead in the cloud")
-            elif isinstance(event, Fallback):
-                bar.reset()
-                bar.clear()
-                _tell(event, quiet)
-
-        yield on_event
-
-
-@contextmanager
-def _previews(
-    agent: EdgeAgent, settings: Settings, prompt: str, tell: OnEvent
-) -> Iterator[OnEvent]:
-    """Keep what the picture is becoming in a file beside it, for as long as it is drawn."""
-    if settings.preview is None:
-        yield tell
-        return
-    from edge_agent.gallery.preview import PreviewFile
-
-    def note(message: str | None) -> None:
-        if message and not settings.quiet:
-            _note(message)
-
-    if agent.bundle.diffusion.preview is None:
-        note("no preview: the bundle's decoder is not small, and it has no other")
-    elif settings.memory is Memory.LOW:
-        note("no preview with --memory low, which has one network open at a time")
-    with PreviewFile(_preview_file(settings.output, prompt)) as file:
-
-        def on_event(event: Event) -> None:
-            if isinstance(event, Preview):
-                note(file.show(event.image))
-            tell(event)
-
-        yield on_event
-
-
-def _preview_file(output: Path | None, prompt: str) -> Path:
-    if output is not None and not output.is_dir():
-        return output.with_suffix(".preview.png")
-    return (output or Path()) / f"{_words(prompt)}.preview.png"
-
-
-def _tell(event: Event, quiet: bool) -> None:
-    if isinstance(event, Fallback) and not quiet:
-        _note(f"drawing on the {event.to.value} instead: {event.reason}")
-
-
-def _note_ignored(decision: Decision) -> None:
-    if count := decision.ignored_tokens:
-        _note(f"the prompt is longer than the model reads; its last {count} tokens were ignored")
-
-
-def _note(message: str) -> None:
-    click.echo(f"{PROGRAM}: {message}", err=True)
-
-
-def _print_json(content: Mapping[str, Any]) -> None:
-    import json
-
-    click.echo(json.dumps(content, ensure_ascii=False))

@@ -17,6 +17,8 @@ AgentError
     OverBudget            the budget leaves no room for a picture, so nobody was asked
 """
 
+REBUILD = "run `python -m export` to write it again"  # what to do about most of BundleError
+
 
 class AgentError(Exception):
     """Anything the agent says to a user in one sentence."""

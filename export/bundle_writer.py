@@ -13,15 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from edge_agent.bundle import (
-    MANIFEST,
-    Bundle,
-    Component,
-    FileRecord,
-    Loss,
-    Parity,
-    open_bundle,
-)
+from edge_agent.bundle import MANIFEST, Bundle, Component, Loss, Parity, open_bundle
+from edge_agent.verified import FileRecord
 from export.errors import ExportError
 from export.files import file_sha256, link
 

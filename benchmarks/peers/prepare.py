@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cloud_server.starter import starter_folder
 
@@ -127,13 +128,17 @@ def _text_int8(home: Path, folder: Path, small: bool) -> None:
     guard()
     from transformers import CLIPTextModel
 
-    from benchmarks.decision import quantized_text
     from cloud_server.training.towers import ClipTower
+    from export.components import text_encoder
+    from export.lowering import lower
+    from export.precision import INT8
     from export.quiet import quiet
 
-    with quiet():
+    with quiet(), TemporaryDirectory(dir=home) as workspace:
+        traced = Path(workspace) / "traced.onnx"
         tower = ClipTower(CLIPTextModel.from_pretrained(home / "model").eval())
-        quantized_text(tower, folder)
+        text_encoder(tower, tower.context_length).trace(traced)
+        lower(traced, folder / "int8.onnx", INT8)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from edge_agent.bundle import REBUILD
-from edge_agent.errors import BundleError
+from edge_agent.errors import REBUILD, BundleError
 
 
 class Session(Protocol):

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from edge_agent.bundle import REBUILD, RouterSpec
-from edge_agent.errors import BundleError
+from edge_agent.bundle import RouterSpec
+from edge_agent.errors import REBUILD, BundleError
 from edge_agent.routing.encoder import Encoded, Session
 from edge_agent.routing.pareto import prs as superiority
 from edge_agent.routing.policy import threshold

@@ -6,87 +6,19 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from cloud_server.errors import ModelError
+from cloud_server.training.iciia.options import Setup, setup_options
 from cloud_server.training.loop import Budget
 from cloud_server.training.starter.scenes import FontMissing
 
-if TYPE_CHECKING:
-    from cloud_server.training.iciia.learn import Optimizer
-
 FOLDER = click.Path(path_type=Path, file_okay=False)
-_SHARED = (
-    click.argument("source", metavar="emoji|omniglot|MANIFEST"),
-    click.option(
-        "--omniglot",
-        type=FOLDER,
-        default=Path("omniglot"),
-        show_default=True,
-        help="Folder of Omniglot's images_background_small1.zip and 2.",
-    ),
-    click.option(
-        "--clients",
-        help="Who counts as a client: subgroup or random for emoji, alphabet or drawer for "
-        "omniglot; default: the first. A manifest says it itself.",
-    ),
-    click.option(
-        "--work",
-        type=FOLDER,
-        default=Path("train/recognizer"),
-        show_default=True,
-        help="Folder of checkpoints and cached features; a killed run resumes from it.",
-    ),
-    click.option(
-        "--layers", type=click.IntRange(1, 12), default=2, show_default=True, help="N of ICIIA."
-    ),
-    click.option(
-        "--groups",
-        type=click.IntRange(min=1),
-        help="P of ICIIA-T; default: 256, or the most that the backbone's width allows.",
-    ),
-    click.option(
-        "--optimizer",
-        type=click.Choice(["sgd", "adamw"]),
-        default="sgd",
-        show_default=True,
-        help="The paper's, or one that needs fewer epochs.",
-    ),
-    click.option(
-        "--learning-rate",
-        type=click.FloatRange(min=0, min_open=True),
-        default=0.01,
-        show_default=True,
-    ),
-    click.option(
-        "--clients-at-once",
-        type=click.IntRange(min=1),
-        default=16,
-        show_default=True,
-        help="Whose batches make one step, side by side.",
-    ),
-    click.option(
-        "--epochs",
-        type=click.IntRange(min=1),
-        default=100,
-        show_default=True,
-        help="With sgd at most: ten without a gain end it before.",
-    ),
-    click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one."),
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."),
-)
-
-
-def _shared(command):  # type: ignore[no-untyped-def]  # click's decorators keep no type
-    for add in reversed(_SHARED):
-        command = add(command)
-    return command
 
 
 @click.command("train-recognizer")
-@_shared
+@setup_options
 @click.option("-o", "--out", type=FOLDER, required=True, help="Folder of the finished recogniser.")
 @click.option(
     "--backbone",
@@ -117,18 +49,7 @@ def _shared(command):  # type: ignore[no-untyped-def]  # click's decorators keep
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def train_recognizer(
-    source: str,
-    omniglot: Path,
-    clients: str | None,
-    work: Path,
-    layers: int,
-    groups: int | None,
-    optimizer: Optimizer,
-    learning_rate: float,
-    clients_at_once: int,
-    epochs: int,
-    device: str | None,
-    threads: int | None,
+    setup: Setup,
     out: Path,
     backbone: str | None,
     minutes: float,
@@ -142,20 +63,19 @@ def train_recognizer(
     The pictures are those of a MANIFEST, a CSV of image,label,client,split beside its image
     folder, or of one of two worlds that need no labels of yours: emoji, or omniglot.
     """
-    from cloud_server.training.iciia.learn import Schedule
     from cloud_server.training.iciia.train import Plan, train
 
     budget = Budget(steps=steps) if steps else Budget(minutes=minutes)
     with _one_sentence():
         plan = Plan(
-            source=source,
-            omniglot=omniglot,
-            clients=clients,
-            work=work,
-            layers=layers,
-            groups=groups,
-            schedule=Schedule(optimizer, learning_rate, clients_at_once, epochs=epochs),
-            device=_device(device, threads),
+            source=setup.source,
+            omniglot=setup.omniglot,
+            clients=setup.clients,
+            work=setup.work,
+            layers=setup.layers,
+            groups=setup.groups,
+            schedule=setup.schedule(),
+            device=setup.open_device(),
             backbone=backbone,
             backbone_budget=budget,
             form=form,
@@ -168,7 +88,7 @@ def train_recognizer(
 
 
 @click.command("evaluate-recognizer")
-@_shared
+@setup_options
 @click.option(
     "--recognizer",
     type=FOLDER,
@@ -184,57 +104,42 @@ def train_recognizer(
 @click.option(
     "-o", "--out", type=FOLDER, required=True, help="Folder for report.json and report.html."
 )
-def evaluate_recognizer(
-    source: str,
-    omniglot: Path,
-    clients: str | None,
-    work: Path,
-    layers: int,
-    groups: int | None,
-    optimizer: Optimizer,
-    learning_rate: float,
-    clients_at_once: int,
-    epochs: int,
-    device: str | None,
-    threads: int | None,
-    recognizer: Path,
-    seeds: int,
-    sweep: bool,
-    out: Path,
-) -> None:
+def evaluate_recognizer(setup: Setup, recognizer: Path, seeds: int, sweep: bool, out: Path) -> None:
     """Measure ICIIA beside its baselines and ablations, each trained here with several seeds.
 
     The backbone stays the recogniser's. What was trained is kept in --work, and a second run
     takes it from there.
     """
     from cloud_server.training.iciia.evaluate import Subject, evaluate
-    from cloud_server.training.iciia.learn import Schedule
     from cloud_server.training.iciia.recognizer import Recognizer
     from cloud_server.training.iciia.report import page
     from cloud_server.training.iciia.train import cohort_with
 
-    chosen = _device(device, threads)
+    device = setup.open_device()
     with _one_sentence():
         model = Recognizer.load(recognizer)
-        cohort = cohort_with(model.backbone, source, omniglot, clients, work, chosen)
+        cohort = cohort_with(
+            model.backbone, setup.source, setup.omniglot, setup.clients, setup.work, device
+        )
         subject = Subject(
             cohort=cohort,
             classifier=model.backbone.classifier,
-            layers=layers,
-            groups=groups,
-            schedule=Schedule(optimizer, learning_rate, clients_at_once, epochs=epochs),
+            layers=setup.layers,
+            groups=setup.groups,
+            schedule=setup.schedule(),
             seeds=tuple(range(seeds)),
-            work=work,
+            work=setup.work,
             sweep=sweep,
         )
         report = evaluate(subject, lambda what: click.echo(what, err=True))
-    name = f"{Path(source).stem}, clients by {clients}" if clients else Path(source).stem
+    name = Path(setup.source).stem + (f", clients by {setup.clients}" if setup.clients else "")
     command = (
-        f"cloud-server evaluate-recognizer {source} --recognizer {recognizer} --layers {layers} "
-        f"--optimizer {optimizer} --learning-rate {learning_rate:g} "
-        f"--clients-at-once {clients_at_once} --epochs {epochs} --seeds {seeds}"
-        + (f" --groups {groups}" if groups else "")
-        + (f" --clients {clients}" if clients else "")
+        f"cloud-server evaluate-recognizer {setup.source} --recognizer {recognizer} "
+        f"--layers {setup.layers} --optimizer {setup.optimizer} "
+        f"--learning-rate {setup.learning_rate:g} --clients-at-once {setup.clients_at_once} "
+        f"--epochs {setup.epochs} --seeds {seeds}"
+        + (f" --groups {setup.groups}" if setup.groups else "")
+        + (f" --clients {setup.clients}" if setup.clients else "")
         + (" --sweep" if sweep else "")
     )
     report = {"title": name, "command": command, **report}
@@ -243,14 +148,6 @@ def evaluate_recognizer(
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
     (out / "report.html").write_text(page(report), encoding="utf-8")
     click.echo(out / "report.html")
-
-
-def _device(device: str | None, threads: int | None) -> str:
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager

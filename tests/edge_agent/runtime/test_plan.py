@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.bundle import Component, FileRecord, open_bundle
+from edge_agent.bundle import Component, open_bundle
 from edge_agent.runtime import providers
 from edge_agent.runtime.plan import Choice, Measured, Plan, candidates
 from edge_agent.types import Provider
+from edge_agent.verified import FileRecord
 
 CPU, FAST, EXACT = Provider.CPU, Provider.OPENVINO, Provider.OPENVINO_F32
 

@@ -1,0 +1,122 @@
+"""What both commands about recognisers are told, as their options: pictures, sizes, training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from cloud_server.training.iciia.learn import Optimizer, Schedule
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_OPTIONS = (
+    click.argument("source", metavar="emoji|omniglot|MANIFEST"),
+    click.option(
+        "--omniglot",
+        type=_FOLDER,
+        default=Path("omniglot"),
+        show_default=True,
+        help="Folder of Omniglot's images_background_small1.zip and 2.",
+    ),
+    click.option(
+        "--clients",
+        help="Who counts as a client: subgroup or random for emoji, alphabet or drawer for "
+        "omniglot; default: the first. A manifest says it itself.",
+    ),
+    click.option(
+        "--work",
+        type=_FOLDER,
+        default=Path("train/recognizer"),
+        show_default=True,
+        help="Folder of checkpoints and cached features; a killed run resumes from it.",
+    ),
+    click.option(
+        "--layers", type=click.IntRange(1, 12), default=2, show_default=True, help="N of ICIIA."
+    ),
+    click.option(
+        "--groups",
+        type=click.IntRange(min=1),
+        help="P of ICIIA-T; default: 256, or the most that the backbone's width allows.",
+    ),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["sgd", "adamw"]),
+        default="sgd",
+        show_default=True,
+        help="The paper's, or one that needs fewer epochs.",
+    ),
+    click.option(
+        "--learning-rate",
+        type=click.FloatRange(min=0, min_open=True),
+        default=0.01,
+        show_default=True,
+    ),
+    click.option(
+        "--clients-at-once",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Whose batches make one step, side by side.",
+    ),
+    click.option(
+        "--epochs",
+        type=click.IntRange(min=1),
+        default=100,
+        show_default=True,
+        help="With sgd at most: ten without a gain end it before.",
+    ),
+    click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one."),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The options that `setup_options` adds to a command, as they were given."""
+
+    source: str
+    omniglot: Path
+    clients: str | None
+    work: Path
+    layers: int
+    groups: int | None
+    optimizer: Optimizer
+    learning_rate: float
+    clients_at_once: int
+    epochs: int
+    device: str | None
+    threads: int | None
+
+    def schedule(self) -> Schedule:
+        """Return how to train."""
+        from cloud_server.training.iciia.learn import Schedule
+
+        return Schedule(
+            self.optimizer, self.learning_rate, self.clients_at_once, epochs=self.epochs
+        )
+
+    def open_device(self) -> str:
+        """Return where to train, and let torch have as many threads as were given."""
+        import torch
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a click command the options of a Setup, which it gets as `setup`."""
+
+    @wraps(command)
+    def with_setup(**given: Any) -> Any:
+        setup = Setup(**{field.name: given.pop(field.name) for field in fields(Setup)})
+        return command(setup=setup, **given)
+
+    for add in reversed(_OPTIONS):
+        with_setup = add(with_setup)
+    return with_setup
