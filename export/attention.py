@@ -6,8 +6,8 @@ the number of its nodes. Three identities take most of them away; D is the width
 * A score is q . k. What of it does not depend on the key leaves the softmax as it was, so the keys'
   bias is dropped, and Wk moves over to the query: r = Wk' q, score = r . x. No key is projected.
 * Weights of attention sum to one, so they may be applied before Wv: no value is projected either.
-* Wk' Wq and, of the smallest groups, Wo Wv are again sparse: m and m^2 terms for each of D values.
-  Terms are gathered, multiplied by their weights and summed.
+* Wk' Wq is of P blocks again. As few rows are asked for, blocks are multiplied by what they take,
+  spread out, and summed, which is quicker than a matrix product for each block.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from cloud_server.training.iciia.module import Attention, GroupedLinear, Iciia, 
 from export.network import OPSET
 
 MOST_TERMS = 16  # m; above, matrix products are quicker
-MOST_PRODUCTS = 4  # m^2 up to which values are projected in one step
 _CONTRIB = "com.microsoft"  # onnxruntime's own operators
 _IR_VERSION = 9
 
@@ -38,7 +37,8 @@ def fits(iciia: Iciia) -> bool:
     """Whether `write` can write this form: attention with the shuffle, and small groups."""
     config = iciia.config
     terms = config.width // config.groups
-    return config.mixing == "attention" and config.shuffle and terms <= MOST_TERMS
+    by_head = terms % config.heads == 0  # a head's channels o * P + p are those of whole o
+    return config.mixing == "attention" and config.shuffle and by_head and terms <= MOST_TERMS
 
 
 def write(iciia: Iciia, gate: Gate, file: Path, longest: int) -> None:
@@ -74,18 +74,35 @@ class _Graph:
         self.nodes.append(made)
         return name
 
-    def terms(self, name: str, x: str, source: Array, weight: Array) -> str:
-        """Sum over s of weight[..., s, d] * x[:, source[..., s, d]]: (n, D) to (n, ..., D)."""
-        where = self.constant(f"{name}.source", source.astype(np.int32))
-        taken = self.node("Gather", x, where, name=f"{name}.taken", axis=1)
-        by = self.constant(f"{name}.weight", weight.astype(np.float32))
-        product = self.node("Mul", taken, by, name=f"{name}.product")
-        axes = self.constant("terms", np.array([-2]))
-        return self.node("ReduceSum", product, axes, name=name, keepdims=0)
+    def blocks(
+        self, name: str, x: str, cut: tuple[int, ...], weight: Array, whole: tuple[int, ...]
+    ) -> str:
+        """Sum `weight` (..., m) times x, seen as (n, *cut), over m, and see it as (n, *whole)."""
+        constants = [np.array((-1, *cut)), weight.astype(np.float32), np.array((-1, *whole))]
+        cut_, by, whole_ = (
+            self.constant(f"{name}.{kind}", value)
+            for kind, value in zip(("cut", "weight", "whole"), constants, strict=True)
+        )
+        parts = self.node("Reshape", x, cut_, name=f"{name}.parts")
+        product = self.node("Mul", parts, by, name=f"{name}.product")
+        axis = self.constant("inmost", np.array([-1]))
+        summed = self.node("ReduceSum", product, axis, name=f"{name}.sums", keepdims=0)
+        return self.node("Reshape", summed, whole_, name=name)
 
-    def normed(self, name: str, x: str, more: str, bias: Array, norm: torch.nn.LayerNorm) -> str:
+    def projected(self, name: str, x: str, projection: GroupedLinear) -> str:
+        """Project (n, D) to the same, without the bias."""
+        weight = _exact(projection.weight)  # (P, o, i)
+        groups, m, _ = weight.shape
+        return self.blocks(name, x, (1, groups, m), weight.transpose(1, 0, 2), (groups * m,))
+
+    def shifted(self, name: str, x: str, bias: Tensor | Array) -> str:
+        """Add a bias."""
+        shift = bias.detach() if isinstance(bias, Tensor) else bias.astype(np.float32)
+        return self.node("Add", x, self.constant(f"{name}.shift", shift), name=name)
+
+    def normed(self, name: str, x: str, more: str, bias: Tensor, norm: torch.nn.LayerNorm) -> str:
         """LayerNorm of x + more + bias."""
-        constants: tuple[Tensor | Array, ...] = (norm.weight, norm.bias, bias.astype(np.float32))
+        constants = (norm.weight, norm.bias, bias)
         names = [self.constant(f"{name}.{i}", value) for i, value in enumerate(constants)]
         return self.node(
             "SkipLayerNormalization", x, more, *names, name=name, domain=_CONTRIB, epsilon=norm.eps
@@ -96,31 +113,26 @@ class _Graph:
         attention = layer.mix
         assert isinstance(attention, Attention)
         heads, width = attention.heads, layer.norm1.weight.numel()
-        source, weight, bias = _queries(attention)
-        query = self.terms(f"{name}.turned", asked, source[None], weight)  # (n, H, D)
-        shift = self.constant(f"{name}.shift", bias.astype(np.float32))
-        query = self.node("Add", query, shift, name=f"{name}.query")
+        groups, m, _ = attention.q.weight.shape
+        weight, bias = _queries(attention)
+        turned = self.blocks(f"{name}.turned", asked, (1, groups, 1, m), weight, (heads, width))
+        query = self.shifted(f"{name}.query", turned, bias)  # (n, H, D)
         score = self.node(
             "FusedMatMul", query, everything, name=f"{name}.score", domain=_CONTRIB, transB=1
         )
         share = self.node("Softmax", score, name=f"{name}.share", axis=-1)
         mixed = self.node("MatMul", share, everything, name=f"{name}.mixed")  # (n, H, D)
-        flat = self.constant("flat", np.array([-1, heads * width]))
-        mixed = self.node("Reshape", mixed, flat, name=f"{name}.flat")
-        *steps, seen_by = _values(attention)
-        for step in steps:
-            mixed = self.terms(f"{name}.value", mixed, step.source, step.weight)
-            value_bias = self.constant(f"{name}.value.bias", step.bias.astype(np.float32))
-            mixed = self.node("Add", mixed, value_bias, name=f"{name}.values")
-        seen, bias = self.terms(f"{name}.seen", mixed, seen_by.source, seen_by.weight), seen_by.bias
-        x = self.normed(f"{name}.norm1", asked, seen, bias, layer.norm1)
-        first, second = _Terms.of(layer.mlp1), _Terms.of(layer.mlp2)
-        hidden = self.terms(f"{name}.mlp1", x, first.source, first.weight)
-        hidden_bias = self.constant(f"{name}.mlp1.bias", first.bias.astype(np.float32))
-        hidden = self.node("Add", hidden, hidden_bias, name=f"{name}.hidden")
-        hidden = self.node("Relu", hidden, name=f"{name}.lit")
-        more = self.terms(f"{name}.mlp2", hidden, second.source, second.weight)
-        return self.normed(f"{name}.norm2", x, more, second.bias, layer.norm2)
+        by_head = _exact(attention.v.weight).transpose(1, 0, 2).reshape(heads, -1, groups, m)
+        seen = self.blocks(f"{name}.seen", mixed, (heads, 1, groups, m), by_head, (width,))
+        value = self.shifted(f"{name}.value", seen, attention.v.bias)
+        out = self.projected(f"{name}.out", value, attention.out)
+        x = self.normed(f"{name}.norm1", asked, out, attention.out.bias, layer.norm1)
+        hidden = self.shifted(
+            f"{name}.hidden", self.projected(f"{name}.mlp1", x, layer.mlp1), layer.mlp1.bias
+        )
+        lit = self.node("Relu", hidden, name=f"{name}.lit")
+        more = self.projected(f"{name}.mlp2", lit, layer.mlp2)
+        return self.normed(f"{name}.norm2", x, more, layer.mlp2.bias, layer.norm2)
 
     def gate(self, gate: Gate, longest: int) -> None:
         """Write `Gate.forward`; what depends on B alone is looked up."""
@@ -162,44 +174,18 @@ class _Graph:
         onnx.save(model, file)
 
 
-class _Terms:
-    """A grouped projection as terms: out[d] = sum_s weight[s, d] * x[source[s, d]] + bias[d]."""
-
-    def __init__(self, source: Array, weight: Array, bias: Array) -> None:
-        self.source, self.weight, self.bias = source, weight, bias
-
-    @classmethod
-    def of(cls, projection: GroupedLinear) -> _Terms:
-        weight = projection.weight.detach().double().numpy()
-        groups, m, _ = weight.shape
-        o, p = np.divmod(np.arange(groups * m), groups)  # out[o * P + p]
-        s = np.arange(m)[:, None]
-        return cls(p * m + s, weight[p, o, s], projection.bias.detach().double().numpy())
+def _exact(weight: Tensor) -> Array:
+    return weight.detach().double().numpy()
 
 
-def _queries(attention: Attention) -> tuple[Array, Array, Array]:
-    """Return source (m, D), weight (H, m, D) and bias (H, D) of r = Wk' (Wq x + bq) / scale."""
-    q, k = (y.weight.detach().double().numpy() for y in (attention.q, attention.k))
+def _queries(attention: Attention) -> tuple[Array, Array]:
+    """Return weight (H, P, m, m) and bias (H, D) of r = Wk' (Wq x + bq) / scale, by head."""
+    q, k = _exact(attention.q.weight), _exact(attention.k.weight)
     groups, m, _ = q.shape
-    width, heads = groups * m, attention.heads
-    head = (np.arange(width) // (width // heads)).reshape(m, groups)  # of channel o * P + p
-    inside = head == np.arange(heads)[:, None, None]  # (H, o, P)
-    bias = attention.q.bias.detach().double().numpy().reshape(m, groups)
-    scale = (width / heads) ** -0.5
-    product = scale * np.einsum("hop,poi,poj->hpij", inside, k, q)
-    shift = scale * np.einsum("hop,poi,op->hpi", inside, k, bias).reshape(heads, width)
-    p, i = np.divmod(np.arange(width), m)
-    j = np.arange(m)[:, None]
-    return p * m + j, product[:, p, i, j], shift
-
-
-def _values(attention: Attention) -> list[_Terms]:
-    """Return Wo (Wv z + bv) + bo in one step or two; the first counts in z (H D,) of all heads."""
-    v, out = _Terms.of(attention.v), _Terms.of(attention.out)
-    width = v.bias.size
-    v.source = v.source + width * (np.arange(width) // (width // attention.heads))
-    if len(v.source) ** 2 > MOST_PRODUCTS:
-        return [v, out]
-    weight = v.weight[:, out.source] * out.weight  # (m, m, D)
-    bias = (v.bias[out.source] * out.weight).sum(0) + out.bias
-    return [_Terms(v.source[:, out.source].reshape(-1, width), weight.reshape(-1, width), bias)]
+    heads = attention.heads
+    inside = np.arange(m) // (m // heads) == np.arange(heads)[:, None]  # (H, o): head of o * P + p
+    scale = (groups * m / heads) ** -0.5
+    weight = scale * np.einsum("ho,poi,poj->hpij", inside, k, q)
+    bias = _exact(attention.q.bias).reshape(m, groups)
+    shift = scale * np.einsum("ho,poi,op->hpi", inside, k, bias)
+    return weight, shift.reshape(heads, -1)
