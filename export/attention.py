@@ -26,7 +26,7 @@ from cloud_server.training.iciia.gate import Gate
 from cloud_server.training.iciia.module import Attention, GroupedLinear, Iciia, Layer
 from export.network import OPSET
 
-MOST_TERMS = 16  # m; above, matrix products are quicker
+MOST_TERMS = 64  # m; above, matrix products are quicker
 _CONTRIB = "com.microsoft"  # onnxruntime's own operators
 _IR_VERSION = 9
 
@@ -34,22 +34,23 @@ Array = NDArray[Any]
 
 
 def fits(iciia: Iciia) -> bool:
-    """Whether `write` can write this form: attention with the shuffle, and small groups."""
+    """Whether `write` can write this form: one layer of attention, shuffled, with small groups.
+
+    Of more layers all but the last are asked for every picture.
+    """
     config = iciia.config
     terms = config.width // config.groups
     by_head = terms % config.heads == 0  # a head's channels o * P + p are those of whole o
-    return config.mixing == "attention" and config.shuffle and by_head and terms <= MOST_TERMS
+    small = config.layers == 1 and terms <= MOST_TERMS
+    return config.mixing == "attention" and config.shuffle and by_head and small
 
 
 def write(iciia: Iciia, gate: Gate, file: Path, longest: int) -> None:
     """Write features (B, D) and rows (n,) to logits (n, C) and gate (n,), 2 <= B <= `longest`."""
     graph = _Graph()
-    *before, last = iciia.stack
-    everything = "features"
-    for i, layer in enumerate(before):
-        everything = graph.layer(layer, f"layer{i}", everything, everything)
-    asked = graph.node("Gather", everything, "rows", name="asked", axis=0)
-    answer = graph.layer(last, "last", asked, everything)
+    (layer,) = iciia.stack
+    asked = graph.node("Gather", "features", "rows", name="asked", axis=0)
+    answer = graph.layer(layer, asked)
     head = [graph.constant("head.weight", iciia.head.weight), "head.bias"]
     graph.constant("head.bias", iciia.head.bias)
     graph.node("Gemm", graph.node("Relu", answer, name="lit"), *head, name="logits", transB=1)
@@ -108,31 +109,27 @@ class _Graph:
             "SkipLayerNormalization", x, more, *names, name=name, domain=_CONTRIB, epsilon=norm.eps
         )
 
-    def layer(self, layer: Layer, name: str, asked: str, everything: str) -> str:
-        """Encode pictures (n, D) in the light of (B, D)."""
+    def layer(self, layer: Layer, asked: str) -> str:
+        """Encode the pictures `asked` for (n, D) in the light of all features (B, D)."""
         attention = layer.mix
         assert isinstance(attention, Attention)
         heads, width = attention.heads, layer.norm1.weight.numel()
         groups, m, _ = attention.q.weight.shape
         weight, bias = _queries(attention)
-        turned = self.blocks(f"{name}.turned", asked, (1, groups, 1, m), weight, (heads, width))
-        query = self.shifted(f"{name}.query", turned, bias)  # (n, H, D)
-        score = self.node(
-            "FusedMatMul", query, everything, name=f"{name}.score", domain=_CONTRIB, transB=1
-        )
-        share = self.node("Softmax", score, name=f"{name}.share", axis=-1)
-        mixed = self.node("MatMul", share, everything, name=f"{name}.mixed")  # (n, H, D)
+        turned = self.blocks("turned", asked, (1, groups, 1, m), weight, (heads, width))
+        query = self.shifted("query", turned, bias)  # (n, H, D)
+        score = self.node("FusedMatMul", query, "features", name="score", domain=_CONTRIB, transB=1)
+        share = self.node("Softmax", score, name="share", axis=-1)
+        mixed = self.node("MatMul", share, "features", name="mixed")  # (n, H, D)
         by_head = _exact(attention.v.weight).transpose(1, 0, 2).reshape(heads, -1, groups, m)
-        seen = self.blocks(f"{name}.seen", mixed, (heads, 1, groups, m), by_head, (width,))
-        value = self.shifted(f"{name}.value", seen, attention.v.bias)
-        out = self.projected(f"{name}.out", value, attention.out)
-        x = self.normed(f"{name}.norm1", asked, out, attention.out.bias, layer.norm1)
-        hidden = self.shifted(
-            f"{name}.hidden", self.projected(f"{name}.mlp1", x, layer.mlp1), layer.mlp1.bias
-        )
-        lit = self.node("Relu", hidden, name=f"{name}.lit")
-        more = self.projected(f"{name}.mlp2", lit, layer.mlp2)
-        return self.normed(f"{name}.norm2", x, more, layer.mlp2.bias, layer.norm2)
+        seen = self.blocks("seen", mixed, (heads, 1, groups, m), by_head, (width,))
+        value = self.shifted("value", seen, attention.v.bias)
+        out = self.projected("out", value, attention.out)
+        x = self.normed("norm1", asked, out, attention.out.bias, layer.norm1)
+        hidden = self.shifted("hidden", self.projected("mlp1", x, layer.mlp1), layer.mlp1.bias)
+        lit = self.node("Relu", hidden, name="hidden.lit")
+        more = self.projected("mlp2", lit, layer.mlp2)
+        return self.normed("norm2", x, more, layer.mlp2.bias, layer.norm2)
 
     def gate(self, gate: Gate, longest: int) -> None:
         """Write `Gate.forward`; what depends on B alone is looked up."""

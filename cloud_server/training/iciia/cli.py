@@ -101,10 +101,13 @@ def train_recognizer(
 @click.option(
     "--sweep", is_flag=True, help="Other numbers of layers and of groups too: many more trainings."
 )
+@click.option("--brief", is_flag=True, help="ICIIA-T alone: no baselines and no ablations.")
 @click.option(
     "-o", "--out", type=FOLDER, required=True, help="Folder for report.json and report.html."
 )
-def evaluate_recognizer(setup: Setup, recognizer: Path, seeds: int, sweep: bool, out: Path) -> None:
+def evaluate_recognizer(
+    setup: Setup, recognizer: Path, seeds: int, sweep: bool, brief: bool, out: Path
+) -> None:
     """Measure ICIIA beside its baselines and ablations, each trained here with several seeds.
 
     The backbone stays the recogniser's. What was trained is kept in --work, and a second run
@@ -130,6 +133,7 @@ def evaluate_recognizer(setup: Setup, recognizer: Path, seeds: int, sweep: bool,
             seeds=tuple(range(seeds)),
             work=setup.work,
             sweep=sweep,
+            brief=brief,
         )
         report = evaluate(subject, lambda what: click.echo(what, err=True))
     name = Path(setup.source).stem + (f", clients by {setup.clients}" if setup.clients else "")
@@ -141,6 +145,7 @@ def evaluate_recognizer(setup: Setup, recognizer: Path, seeds: int, sweep: bool,
         + (f" --groups {setup.groups}" if setup.groups else "")
         + (f" --clients {setup.clients}" if setup.clients else "")
         + (" --sweep" if sweep else "")
+        + (" --brief" if brief else "")
     )
     report = {"title": name, "command": command, **report}
     out.mkdir(parents=True, exist_ok=True)

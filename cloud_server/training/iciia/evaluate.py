@@ -28,6 +28,7 @@ from cloud_server.training.iciia.samples import mixed_clients
 HISTORIES = (0, 1, 2, 3, 5, 8, 15, 30, 40, 60)
 TARGETS = 4000  # of the test split, for a point of a curve
 SWEPT_LAYERS, SWEPT_GROUPS = (1, 2, 3), (1, 4, 16, 64)
+BASE, TINY = "ICIIA-B", "ICIIA-T"
 Told = Callable[[str], None]
 Baseline = Callable[[Cohort, nn.Linear, Schedule, int], float]
 
@@ -36,7 +37,7 @@ Baseline = Callable[[Cohort, nn.Linear, Schedule, int], float]
 class Subject:
     """What is measured: a cohort, the backbone's own `classifier`, N, and how to train.
 
-    With `sweep` other numbers of layers and groups too.
+    With `sweep` other numbers of layers and groups too; if `brief` ICIIA-T alone is trained.
     """
 
     cohort: Cohort
@@ -47,6 +48,7 @@ class Subject:
     work: Path
     groups: int | None = None  # P of T, when it is not the usual one
     sweep: bool = False
+    brief: bool = False
 
     @property
     def tiny(self) -> IciiaConfig:
@@ -59,9 +61,11 @@ class Subject:
     def methods(self) -> dict[str, IciiaConfig]:
         """The forms that are trained, by their names in the report."""
         tiny = self.tiny
+        if self.brief:
+            return {TINY: tiny}
         return {
-            "ICIIA-B": replace(tiny, groups=1),
-            "ICIIA-T": tiny,
+            BASE: replace(tiny, groups=1),
+            TINY: tiny,
             "ICIIA-T, no shuffle": replace(tiny, shuffle=False),
             "ICIIA-B, convolution for attention": replace(tiny, groups=1, mixing="convolution"),
             "ICIIA-B, no attention": replace(tiny, groups=1, mixing="none"),
@@ -94,7 +98,7 @@ def evaluate(subject: Subject, tell: Told = lambda _: None) -> dict[str, Any]:
     right = (named == torch.from_numpy(cohort.labels)).numpy()
     everyone = np.concatenate(test)
     table: dict[str, list[float]] = {"backbone": [100 * float(right[everyone].mean())]}
-    for name, measure in _baselines(cohort).items():
+    for name, measure in ({} if subject.brief else _baselines(cohort)).items():
         tell(name)
         table[name] = [
             100 * measure(cohort, subject.classifier, subject.schedule, seed)
@@ -176,8 +180,9 @@ def _histories(subject: Subject, named: Tensor) -> dict[str, dict[str, dict[str,
     cohort, test = subject.cohort, subject.cohort.of("test")
     labels, found = torch.from_numpy(cohort.labels), dict[str, dict[str, list[float]]]()
     for seed in subject.seeds:
-        models = {name: subject.trained(subject.methods[name], seed) for name in _CURVES}
-        gate = fit_gate(models["ICIIA-T"], named, cohort, seed)
+        forms = {name: form for name, form in subject.methods.items() if name in (BASE, TINY)}
+        models = {name: subject.trained(form, seed) for name, form in forms.items()}
+        gate = fit_gate(models[TINY], named, cohort, seed)
         for k in HISTORIES:
             met = stream(test, k, seed, TARGETS)
             if not len(met.targets):
@@ -188,18 +193,15 @@ def _histories(subject: Subject, named: Tensor) -> dict[str, dict[str, dict[str,
                 for name, model in models.items()
             }
             asked = answers(gate, cohort.features, met) > 0 if k else torch.zeros_like(plain) > 0
-            said |= {"gated": torch.where(asked, said["ICIIA-T"], plain), "backbone": plain}
+            said |= {"gated": torch.where(asked, said[TINY], plain), "backbone": plain}
             for name, answer in said.items():
                 share = 100 * (answer == wanted).float().mean().item()
                 found.setdefault(name, {}).setdefault(str(k), []).append(share)
     return {n: {k: summary(v) for k, v in curve.items()} for n, curve in found.items()}
 
 
-_CURVES = ("ICIIA-B", "ICIIA-T")
-
-
 def _heterogeneity(subject: Subject, named: Tensor, tell: Told) -> dict[str, dict[str, Any]]:
-    """ICIIA-T after 15 pictures: trained at each level, or once at 1 and gated.
+    """ICIIA-T after 15 pictures: trained at each level, if not brief, or once at 1 and gated.
 
     Empty where no client has as many.
     """
@@ -213,15 +215,14 @@ def _heterogeneity(subject: Subject, named: Tensor, tell: Told) -> dict[str, dic
             met = stream(cohort.of("test"), SEQUENCE - 1, seed, TARGETS)
             if not len(met.targets):
                 continue
-            model = subject.trained(subject.tiny, seed, cohort)
             wanted, plain = labels[met.targets], named[met.targets]
             asked = answers(gate, cohort.features, met) > 0
             gated = torch.where(asked, answers(once, cohort.features, met).argmax(-1), plain)
-            for name, answer in (
-                ("trained at this level", answers(model, cohort.features, met).argmax(-1)),
-                ("trained at 1, gated", gated),
-                ("backbone", plain),
-            ):
+            said = {"trained at 1, gated": gated, "backbone": plain}
+            if not subject.brief:
+                model = subject.trained(subject.tiny, seed, cohort)
+                said["trained at this level"] = answers(model, cohort.features, met).argmax(-1)
+            for name, answer in said.items():
                 share = 100 * (answer == wanted).float().mean().item()
                 found.setdefault(name, {}).setdefault(f"{level:g}", []).append(share)
     return {n: {k: summary(v) for k, v in curve.items()} for n, curve in found.items()}
