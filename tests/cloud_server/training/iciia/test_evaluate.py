@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from cloud_server.training.iciia.report import page
 
 
 @pytest.fixture(scope="module")
-def report(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def subject(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     classifier = nn.Linear(32, 40)  # knows pairs of classes, and takes every other for the even one
     centres = [cohort.features[cohort.labels // 2 == i].mean(0) for i in range(20)]
     with torch.no_grad():
@@ -32,7 +33,12 @@ def report(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> dict:
     )
     schedule = Schedule(learning_rate=0.05, clients=1, epochs=4)
     work = tmp_path_factory.mktemp("work")
-    return evaluate(Subject(small, classifier, 1, schedule, (0, 1), work, sweep=True))
+    return Subject(small, classifier, 1, schedule, (0, 1), work, sweep=True)
+
+
+@pytest.fixture(scope="module")
+def report(subject: Subject) -> dict:
+    return evaluate(subject)
 
 
 def test_every_method_is_measured_with_every_seed(report: dict) -> None:
@@ -57,6 +63,14 @@ def test_without_history_the_gated_answer_is_the_backbones(report: dict) -> None
     assert report["history"]["gated"]["0"] == report["history"]["backbone"]["0"]
     assert list(report["history"]["ICIIA-T"]) == ["0", "1", "2", "3", "5", "8", "15"]  # 24 a client
     assert list(report["heterogeneity"]["trained at 1, gated"]) == ["0", "0.25", "0.5", "0.75", "1"]
+
+
+def test_brief_is_the_small_form_alone_and_the_same(subject: Subject, report: dict) -> None:
+    brief = evaluate(replace(subject, brief=True, sweep=False))
+    assert list(brief["accuracy"]) == ["backbone", "ICIIA-T"]
+    assert brief["accuracy"]["ICIIA-T"] == report["accuracy"]["ICIIA-T"]
+    assert list(brief["heterogeneity"]) == ["trained at 1, gated", "backbone"]
+    assert "ICIIA-T" in page({"title": "brief", "command": "", **brief})
 
 
 def test_layers_and_groups_are_swept(report: dict) -> None:
