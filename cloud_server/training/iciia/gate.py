@@ -8,6 +8,7 @@ judges by the features themselves and decides for each picture which of both hea
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ SIGNS = ("own", "crowd", "share", "one")
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTHS = (1, 2, 3, 5, 8, 15, 30, 60)
 TARGETS = 2000  # for each level and length
+HARM = 0.0015  # share of pictures that may be harmed more than helped where clients are all alike
 _DECAY = 1e-3
 
 
@@ -58,14 +60,14 @@ def fit_gate(model: Iciia, plain: Tensor, cohort: Cohort, seed: int) -> Gate:
     """Fit the rule on the validation split, its clients mixed to all levels of heterogeneity.
 
     It learns from pictures that only one of both names rightly, which makes 1/2 the point where
-    both are as often right. Where clients are all alike that is not enough: there it is raised
-    until the module harms no more pictures than it helps. `plain` (N,) is what the backbone names.
+    both are as often right. Where clients are all alike that is not enough: for them it is raised
+    until next to no picture is harmed. `plain` (N,) is what the backbone names.
     """
     gate = Gate(model.config.width)
     gate.centre.copy_(cohort.features[np.flatnonzero(cohort.splits == 0)].mean(0))
     cases = list(_cases(gate, model, plain, cohort, seed))
-    x = torch.cat([signs for _, signs, _ in cases])
-    y = torch.cat([helped for *_, helped in cases]).float()
+    x = torch.cat([case.signs for case in cases])
+    y = torch.cat([case.helped for case in cases]).float()
     if not len(x):  # the module never names another class: the gate stays shut
         return gate
     scale = x.std(0, unbiased=False).clamp_min(1e-6)
@@ -82,26 +84,36 @@ def fit_gate(model: Iciia, plain: Tensor, cohort: Cohort, seed: int) -> Gate:
 
     optimizer.step(closure)
     gate.weights.copy_(weights.detach() / scale)
-    alike = [(signs @ gate.weights, helped) for level, signs, helped in cases if level == 0]
-    if alike:
-        scores, helped = (torch.cat(parts) for parts in zip(*alike, strict=True))
-        gate.weights[-1] -= harmless(scores, helped)
+    if alike := [case for case in cases if case.level == 0]:
+        scores = torch.cat([case.signs for case in alike]) @ gate.weights
+        helped = torch.cat([case.helped for case in alike])
+        gate.weights[-1] -= harmless(scores, helped, HARM * sum(case.targets for case in alike))
     return gate
 
 
-def harmless(scores: Tensor, helped: Tensor) -> float:
-    """Return the lowest threshold, 0 or above, over which as many are `helped` (n,) as harmed."""
+def harmless(scores: Tensor, helped: Tensor, allowed: float = 0.0) -> float:
+    """Return the lowest threshold, 0 or above, for scores (n,) that does little harm.
+
+    Over it at most `allowed` more pictures are harmed than are `helped` (n,).
+    """
     order = scores.argsort(descending=True)
     balance = (2 * helped[order].long() - 1).cumsum(0)  # of all whose score is at least this
     open_ones = int((scores > 0).sum())
-    kept = max((n for n in range(1, open_ones + 1) if balance[n - 1] >= 0), default=0)
+    kept = max((n for n in range(1, open_ones + 1) if balance[n - 1] >= -allowed), default=0)
     return 0.0 if kept == open_ones else float(scores[order[kept]])
 
 
-def _cases(
-    gate: Gate, model: Iciia, plain: Tensor, cohort: Cohort, seed: int
-) -> Iterable[tuple[float, Tensor, Tensor]]:
-    """Yield level, signs and whether the module helped, of pictures where both differ."""
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """Of so many `targets` those where module and backbone differ: signs (n, 4), helped (n,)."""
+
+    level: float
+    targets: int
+    signs: Tensor
+    helped: Tensor
+
+
+def _cases(gate: Gate, model: Iciia, plain: Tensor, cohort: Cohort, seed: int) -> Iterable[_Case]:
     labels = torch.from_numpy(cohort.labels)
     val: Ints = np.flatnonzero(cohort.splits == 1)
     for level in LEVELS:
@@ -112,9 +124,9 @@ def _cases(
                 continue
             named = answers(model, cohort.features, met).argmax(-1)
             right, before = named == labels[met.targets], plain[met.targets] == labels[met.targets]
-            differ = (right != before).numpy()
+            differing = right != before
             signs = answers(_Signs(gate), cohort.features, met)
-            yield level, signs[torch.from_numpy(differ)], right[torch.from_numpy(differ)]
+            yield _Case(level, len(met.targets), signs[differing], right[differing])
 
 
 class _Signs(nn.Module):

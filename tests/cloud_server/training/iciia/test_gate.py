@@ -30,6 +30,13 @@ def test_rises_over_everything_where_nothing_is_helped() -> None:
     assert harmless(scores, torch.zeros(3, dtype=torch.bool)) == 3.0
 
 
+def test_a_little_harm_may_be_allowed() -> None:
+    scores = torch.tensor([1.0, 4.0, 3.0, 2.0])
+    helped = torch.tensor([False, True, False, False])
+    assert harmless(scores, helped, allowed=1) == 1.0
+    assert harmless(scores, helped, allowed=2) == 0.0
+
+
 @given(st.lists(st.tuples(st.integers(-20, 20), st.booleans()), unique_by=lambda one: one[0]))
 def test_is_the_lowest_harmless_threshold(cases: list[tuple[int, bool]]) -> None:
     scores = torch.tensor([float(score) for score, _ in cases])
