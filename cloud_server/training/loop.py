@@ -96,6 +96,7 @@ def fit(
     warmup: int = 200,
     weight_decay: float = 0.01,
     hidden: Sequence[Tensor] = (),
+    beside: Sequence[nn.Module | torch.optim.Optimizer] = (),
     on_checkpoint: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Train `model` with AdamW, warm-up and cosine decay, and return it (its average if `ema`).
@@ -105,6 +106,7 @@ def fit(
     `loss_fn(step)` draws its data from a generator seeded by the step, so that a resumed run sees
     what an uninterrupted one would have seen. State lives in `work/<name>.pt`, replaced atomically,
     and what it shows is drawn over the steps in `work/<name>-losses.png`.
+    What `loss_fn` itself trains `beside` the model is kept and resumed with it.
     `on_checkpoint` gets the model whose weights would be shipped at that moment.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -129,6 +131,8 @@ def fit(
             optimizer.load_state_dict(kept)
         step, elapsed_s = state["step"], state["elapsed_s"]
         shown_at, history = state["shown_at"], state["history"]
+        for other, kept in zip(beside, state["beside"], strict=True):
+            other.load_state_dict(kept)
         if average:
             average.load(state["average"])
 
@@ -140,6 +144,7 @@ def fit(
             "elapsed_s": elapsed_s,
             "shown_at": shown_at,
             "history": history,
+            "beside": [other.state_dict() for other in beside],
             "average": average.weights if average else None,
         }
         partial = state_file.with_suffix(".partial")

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TINY_GROUPS = 256  # P of ICIIA-T; P = 1 is ICIIA-B
-_AT_FIRST = 0.1  # of the usual size: what a layer adds to its input, where it begins as a backbone
+# Where a layer begins as a backbone, what it adds to its input is this small: the other pictures'
+# mean as a share of the picture, and the rest as a share of its usual size.
+_MEAN_AT_FIRST, _AT_FIRST = 0.3, 0.1
 Mixing = Literal["attention", "convolution", "none"]
 
 
@@ -86,6 +88,26 @@ class GroupedLinear(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
         return self
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether two of these projections, one after the other, can leave a vector as it is."""
+        groups, m, _ = self.weight.shape
+        return not self.shuffle or groups == 1 or m % groups == 0
+
+    @torch.no_grad()
+    def undo(self, times: float = 1.0) -> None:
+        """Become half of the identity, `times` as large: two such halves undo their shuffles.
+
+        Value i = k * P + t of a group goes to place t * m / P + k in it; then two shuffles have
+        brought it back. Only where `can_undo`.
+        """
+        groups, m, _ = self.weight.shape
+        half = torch.eye(m)
+        if self.shuffle and groups > 1:
+            half = half.unflatten(0, (m // groups, groups)).transpose(0, 1).flatten(0, 1)
+        self.weight.copy_(times * half)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         groups, m, _ = self.weight.shape
@@ -200,6 +222,10 @@ class Iciia(nn.Module):
     def begin_as(self, classifier: nn.Linear, features: Tensor) -> None:
         """Start close to what the backbone says: with its own head, and layers that add little.
 
+        Where the sizes allow it, attention adds a share of the client's pictures as they are: what
+        the client sees often becomes likelier from the first step on. (It then learnt three times
+        as much from clients of random classes as from random values.)
+
         The head stays as it is: what it would learn is pictures by heart, and no client. The last
         norm gives vectors back the mean and the spread of the `features` (n, D).
         """
@@ -212,6 +238,9 @@ class Iciia(nn.Module):
             for projection in (layer.mix.out, layer.mlp2):
                 projection.weight.mul_(_AT_FIRST)
                 projection.bias.zero_()
+            if isinstance(layer.mix, Attention) and layer.mix.v.can_undo:
+                layer.mix.v.undo()
+                layer.mix.out.undo(_MEAN_AT_FIRST)
 
     def forward(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         *before, last = self.layers

@@ -58,13 +58,11 @@ def train_autoencoder(out: Path, work: Path, budget: Budget, seed: int, device: 
             # 2025, EQ-VAE), which makes them vary less from cell to cell.
             half = F.avg_pool2d(latents, 2).contiguous(memory_format=torch.channels_last)
             smaller = model.decoder(half).float()
-        difference = _difference(result, truth) + 0.25 * _difference(
-            smaller, F.avg_pool2d(truth, 2)
-        )
+        off = difference(result, truth) + 0.25 * difference(smaller, F.avg_pool2d(truth, 2))
         channels = latents.transpose(0, 1).flatten(1)
         unit = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
         psnr = 10 * torch.log10(4 / F.mse_loss(result.detach(), truth))
-        return difference + 0.02 * unit, {"psnr": psnr.item()}
+        return off + 0.02 * unit, {"psnr": psnr.item()}
 
     def save(ready: AutoencoderTiny) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +91,8 @@ def train_autoencoder(out: Path, work: Path, budget: Budget, seed: int, device: 
     )
 
 
-def _difference(result: Tensor, truth: Tensor) -> Tensor:
+def difference(result: Tensor, truth: Tensor) -> Tensor:
+    """Return the loss between pictures: of values, of edges, and of squares."""
     pixel = (result - truth).abs().mean()
     edges = sum((result.diff(dim=d) - truth.diff(dim=d)).abs().mean() for d in (2, 3))
     return pixel + 0.5 * edges + 2 * F.mse_loss(result, truth)

@@ -15,7 +15,7 @@ from cloud_server.training.starter.scenes import FontMissing
 # On two idle cores; one run of exactly this was not seen, see models/starter/CARD.md.
 DEFAULT_MINUTES = {
     "judge": 45.0, "clip": 45.0, "autoencoder": 45.0, "cloud": 240.0, "edge": 120.0,
-    "distil": 120.0, "router": 3.0,
+    "distil": 120.0, "decoder": 30.0, "router": 3.0,
 }  # fmt: skip
 STAGES = ("scenes", "tokenizer", *DEFAULT_MINUTES)
 CLIP_WEIGHTS = "open_clip_model.safetensors"
@@ -38,6 +38,13 @@ CLIP_WEIGHTS = "open_clip_model.safetensors"
     show_default=True,
     help="Folder of checkpoints, caches and sample sheets; a killed run resumes from it.",
 )
+@click.option(
+    "--eyes",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("models/recognizer/emoji/backbone"),
+    show_default=True,
+    help="Folder of the recogniser's backbone that the stage decoder compares pictures by.",
+)
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Time a stage.")
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps a stage.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -47,6 +54,7 @@ def train_starter(
     stages: tuple[str, ...],
     out: Path,
     work: Path,
+    eyes: Path,
     minutes: float | None,
     steps: int | None,
     seed: int,
@@ -71,9 +79,14 @@ def train_starter(
         default = None if steps else DEFAULT_MINUTES.get(stage, 1.0)
         budget = Budget(steps=steps, minutes=minutes or default)
         _check_earlier_stages(stage, out, work)
+        if stage == "decoder" and not (eyes / "config.json").is_file():
+            raise click.ClickException(
+                f"stage decoder needs a recogniser's backbone, and {eyes} holds none; train one "
+                "with cloud-server train-recognizer emoji, or name its folder with --eyes"
+            )
         click.echo(f"{stage}: on {chosen}, seed {seed}", err=True)
         try:
-            run_stage(stage, out, work, budget, seed, chosen)
+            run_stage(stage, out, work, eyes, budget, seed, chosen)
         except FontMissing as err:
             raise click.ClickException(str(err)) from err
 
@@ -84,6 +97,7 @@ def _check_earlier_stages(stage: str, out: Path, work: Path) -> None:
         "cloud": {"clip": out / "clip" / CLIP_WEIGHTS, "autoencoder": work / "autoencoder"},
         "edge": {"clip": out / "clip" / CLIP_WEIGHTS, "autoencoder": work / "autoencoder"},
         "distil": {"edge": work / "edge", "cloud": out / "cloud"},
+        "decoder": {"distil": out / "edge"},
         "router": {"distil": out / "edge", "cloud": out / "cloud"},
     }
     for earlier, path in needed.get(stage, {}).items():
@@ -94,10 +108,13 @@ def _check_earlier_stages(stage: str, out: Path, work: Path) -> None:
             )
 
 
-def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, device: str) -> None:
+def run_stage(
+    stage: str, out: Path, work: Path, eyes: Path, budget: Budget, seed: int, device: str
+) -> None:
     """Run one stage; raises FontMissing where scenes are drawn without their font."""
     from cloud_server.training.starter.autoencoder import train_autoencoder
     from cloud_server.training.starter.clip import train_clip
+    from cloud_server.training.starter.decoder import tune_decoder
     from cloud_server.training.starter.diffusion import distil, train_diffusion
     from cloud_server.training.starter.judge import train_judge
     from cloud_server.training.starter.router import train_starter_router
@@ -119,6 +136,8 @@ def run_stage(stage: str, out: Path, work: Path, budget: Budget, seed: int, devi
             train_diffusion(stage, out, work, budget, seed, device)
         case "distil":
             distil(out, work, budget, seed, device)
+        case "decoder":
+            tune_decoder(out, eyes, work, budget, seed, device)
         case "router":
             train_starter_router(out, out / "router", work, budget, seed, device)
 

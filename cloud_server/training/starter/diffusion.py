@@ -89,6 +89,7 @@ SIZES = {
     "cloud": Size((144, 288), True, 16, 3.0, emphasis=(0.6, 0.8, 1.5, 1.5, 1.5)),
 }
 DISTILLED_STEPS = 4
+EDGE_DRAWS = replace(SIZES["edge"], steps=DISTILLED_STEPS, guidance=1.0)
 TEACHER_STEPS = 3  # for one of these
 # On a CPU a step of the cloud model takes about three times as long as one of the edge model.
 TEACHER = {"cpu": "edge", "cuda": "cloud"}
@@ -137,6 +138,13 @@ def scheduler() -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(**NOISE, solver_order=2)
 
 
+def few_steps() -> DDIMScheduler:
+    """Return the noise schedule with the few steps that the distilled model takes."""
+    schedule = DDIMScheduler(**NOISE, clip_sample=False)
+    schedule.set_timesteps(DISTILLED_STEPS)
+    return schedule
+
+
 def train_diffusion(
     name: str, starter: Path, work: Path, budget: Budget, seed: int, device: str
 ) -> None:
@@ -148,7 +156,7 @@ def train_diffusion(
     """
     torch.manual_seed(seed)
     size = SIZES[name]
-    parts = _Parts(starter, work, device)
+    parts = Parts(starter, work / "autoencoder", device)
     latents, captions, objects = cached_latents(parts.vae, work, seed, device)
     latents = latents.to(device)
     weights = torch.tensor(size.emphasis)[torch.from_numpy(objects) - 1].to(device)
@@ -158,7 +166,7 @@ def train_diffusion(
     noise_levels = (0.5 * (1 / alphas - 1).log()).contiguous()  # rising
     unet = build_unet(size, parts.text_encoder.config.hidden_size)
     kind = torch.device(device).type
-    forward = _quick(unet, kind)
+    forward = quick(unet, kind)
     batch = BATCH[kind]
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -211,7 +219,7 @@ def distil(starter: Path, work: Path, budget: Budget, seed: int, device: str) ->
     """
     torch.manual_seed(seed)
     kind = torch.device(device).type
-    parts = _Parts(starter, work, device)
+    parts = Parts(starter, work / "autoencoder", device)
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(SCENES["cpu"])]
     objects = torch.tensor([scene.objects for scene in scenes])
@@ -219,8 +227,7 @@ def distil(starter: Path, work: Path, budget: Budget, seed: int, device: str) ->
     token_ids = parts.tokens([scene.caption for scene in scenes])
     captionless = parts.states(parts.tokens([""]))
     guidance = SIZES[TEACHER[kind]].guidance
-    schedule = DDIMScheduler(**NOISE, clip_sample=False)
-    schedule.set_timesteps(DISTILLED_STEPS)
+    schedule = few_steps()
     stops = [*schedule.timesteps.tolist(), -1]  # -1 is the clean picture
     alphas = torch.cat([schedule.alphas_cumprod, torch.ones(1)]).to(device)
     folders = {"edge": work / "edge", "cloud": starter / "cloud"}
@@ -231,8 +238,8 @@ def distil(starter: Path, work: Path, budget: Budget, seed: int, device: str) ->
         for name in ("edge", TEACHER[kind])
     )
     batch = DISTIL_BATCH[kind]
-    follow = _quick(teacher.to(device).eval(), kind)
-    forward = _quick(student, kind)
+    follow = quick(teacher.to(device).eval(), kind)
+    forward = quick(student, kind)
 
     @torch.no_grad()
     def taught(latents: Tensor, states: Tensor, start: int, stop: int) -> Tensor:
@@ -262,8 +269,8 @@ def distil(starter: Path, work: Path, budget: Budget, seed: int, device: str) ->
         return loss, {"loss": loss.item(), "last": losses[-1].item()}
 
     def save(ready: UNet2DConditionModel) -> None:
-        size = replace(SIZES["edge"], steps=DISTILLED_STEPS, guidance=1.0)
-        save_model(parts.pipeline(ready, schedule), size, starter / "edge", work / "distil.png")
+        pipeline = parts.pipeline(ready, schedule)
+        save_model(pipeline, EDGE_DRAWS, starter / "edge", work / "distil.png")
 
     fit(
         "distil", student, loss_fn, lr=1e-3, budget=budget, work=work, device=device,
@@ -280,7 +287,7 @@ def ddim_step(
     return a_next * clean + s_next * noise, s_next * a - a_next * s
 
 
-def _quick(unet: UNet2DConditionModel, kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def quick(unet: UNet2DConditionModel, kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return the UNet's prediction as a function, in mixed precision and compiled on a GPU."""
     # Plain attention is quicker than fused attention at 64 tokens on a CPU.
     unet.set_attn_processor(AttnProcessor2_0() if kind == "cuda" else AttnProcessor())
@@ -295,11 +302,11 @@ def _quick(unet: UNet2DConditionModel, kind: str) -> Callable[[Tensor, Tensor, T
     return forward
 
 
-class _Parts:
+class Parts:
     """What the diffusion models share: autoencoder, text encoder, tokenizer."""
 
-    def __init__(self, starter: Path, work: Path, device: str) -> None:
-        self.vae = AutoencoderTiny.from_pretrained(work / "autoencoder", torch_dtype=torch.float32)
+    def __init__(self, starter: Path, vae: Path, device: str) -> None:
+        self.vae = AutoencoderTiny.from_pretrained(vae, torch_dtype=torch.float32)
         self.text_encoder = to_transformers(starter / "clip").to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(starter / "clip")
         self.quick_tokenizer = CLIPTokenizerFast.from_pretrained(starter / "clip")

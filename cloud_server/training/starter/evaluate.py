@@ -96,7 +96,7 @@ def evaluate(models: Path, judge: Path, seed: int, device: str, pictures: int) -
     rng = np.random.default_rng([seed, 0])
     fresh = [sample_scene(rng) for _ in range(RETRIEVAL)]
     truths = np.stack([draw(scene, rng) for scene in fresh])
-    psnr = _psnr(truths, through(models / "edge" / "vae", truths, device))
+    psnr = _psnr(truths, through(models / "cloud" / "vae", truths, device))
     clip = Clip(models / "clip", device=device)
     scorer = QualityScorer(clip)
     return {
@@ -259,7 +259,7 @@ def _drawing(
     exam = Exam.sample(pictures, seed)
     rng = np.random.default_rng([seed, 4])
     truths = np.stack([draw(scene, rng) for scene in exam.scenes])
-    drawn = {"truth": truths, "decoded": through(models / "edge" / "vae", truths, device)}
+    drawn = {"truth": truths, "decoded": through(models / "cloud" / "vae", truths, device)}
     seconds = {}
     for name in ("edge", "cloud"):
         drawn[name], seconds[name] = _draw(models / name, exam.scenes, seed, device)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cloud_server.starter import starter_folder
 from cloud_server.training.digest import folder_digest
@@ -35,9 +36,14 @@ def exam() -> list[scenes.Scene]:
     return [scenes.sample_scene(rng, objects) for objects in (1, 3) for _ in range(12)]
 
 
-def test_they_share_one_text_encoder_and_one_autoencoder():
-    for part in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
-        assert (EDGE / part).read_bytes() == (CLOUD / part).read_bytes()
+def test_they_share_one_text_encoder_and_one_latent_space():
+    text = "text_encoder/model.safetensors"
+    assert (EDGE / text).read_bytes() == (CLOUD / text).read_bytes()
+    edge, cloud = (load_file(m / "vae/diffusion_pytorch_model.safetensors") for m in (EDGE, CLOUD))
+    encoder = [name for name in cloud if name.startswith("encoder.")]
+    assert encoder
+    for name in encoder:
+        assert torch.equal(edge[name], cloud[name]), name
 
 
 def test_the_text_encoder_is_the_first_layers_of_clip(tmp_path):
@@ -73,7 +79,7 @@ def test_the_labels_and_the_router_are_of_these_models():
 def test_the_autoencoder_keeps_scenes(exam, judge):
     rng = np.random.default_rng(1)
     truths = np.stack([scenes.draw(scene, rng) for scene in exam])
-    decoded = through(EDGE / "vae", truths, "cpu")
+    decoded = through(CLOUD / "vae", truths, "cpu")
     assert _psnr(truths, decoded).mean() > 29
     assert np.nanmean(shares(exam, judge.read(decoded))["objects"]) > 0.95
 

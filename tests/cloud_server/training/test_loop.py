@@ -65,6 +65,30 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, ema):
     assert torch.equal(whole.weight, resumed.weight)
 
 
+def test_what_learns_beside_the_model_is_resumed_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("cloud_server.training.loop.CHECKPOINT_EVERY_S", 0.0)
+
+    def train(folder: str, kill_at: int | None = None) -> nn.Module:
+        model, loss_fn = _task(kill_at)
+        beside = nn.Linear(1, 1)
+        learner = torch.optim.AdamW(beside.parameters(), lr=0.1)
+
+        def both(step: int) -> tuple[Tensor, dict[str, float]]:
+            loss, shown = loss_fn(step)
+            learner.zero_grad()
+            (beside(loss.detach().view(1)) - loss.detach()).square().sum().backward()
+            learner.step()
+            return loss, shown
+
+        _fit(model, both, tmp_path / folder, 40, beside=(beside, learner))
+        return beside
+
+    whole = train("whole")
+    with pytest.raises(Killed):
+        train("cut", kill_at=25)
+    assert torch.equal(train("cut").weight, whole.weight)
+
+
 def test_a_killed_run_resumes_with_muon_too(tmp_path, monkeypatch):
     monkeypatch.setattr("cloud_server.training.loop.CHECKPOINT_EVERY_S", 0.0)
 

@@ -11,9 +11,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 
+from cloud_server.starter import starter_folder
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.starter import autoencoder, clip, diffusion, judge, router, scenes
+from cloud_server.training.starter import (
+    autoencoder,
+    clip,
+    decoder,
+    diffusion,
+    judge,
+    router,
+    scenes,
+)
 from cloud_server.training.starter.cli import train_starter
 from edge_agent import EdgeAgent, Request, open_bundle
 
@@ -26,6 +36,9 @@ needs_font = pytest.mark.skipif(
 )
 
 
+EYES = starter_folder().with_name("recognizer") / "emoji" / "backbone"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with out/ and work/ after three steps of every stage."""
@@ -36,11 +49,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setitem(diffusion.DISTIL_BATCH, "cpu", 2)
         patch.setitem(clip.BATCH, "cpu", 8)
         patch.setitem(autoencoder.SCENES, "cpu", 2)
+        patch.setitem(decoder.BATCH, "cpu", 3)
         patch.setitem(judge.BATCH, "cpu", 8)
         patch.setitem(router.PROMPTS, "cpu", 10)
         run = CliRunner().invoke(
             train_starter,
-            ["-o", str(root / "out"), "--work", str(root / "work"), "--steps", "3"],
+            [
+                *("-o", str(root / "out"), "--work", str(root / "work"), "--steps", "3"),
+                *("--eyes", str(EYES)),
+            ],
             catch_exceptions=False,
         )
     assert run.exit_code == 0, run.output
@@ -69,6 +86,17 @@ def test_both_models_are_conditioned_by_the_one_text_encoder(trained):
 
 @needs_font
 @pytest.mark.slow
+def test_the_edge_has_a_decoder_of_its_own_behind_the_shared_encoder(trained):
+    edge, cloud = (
+        load_file(trained / "out" / name / "vae" / "diffusion_pytorch_model.safetensors")
+        for name in ("edge", "cloud")
+    )
+    changed = {name.split(".")[0] for name in edge if not torch.equal(edge[name], cloud[name])}
+    assert changed == {"decoder"}
+
+
+@needs_font
+@pytest.mark.slow
 def test_what_was_trained_is_exported_and_draws(trained, tmp_path):
     export = [sys.executable, "-m", "export", "--quiet", "--starter", trained / "out"]
     subprocess.run([*export, "-o", tmp_path / "bundle"], check=True, capture_output=True)
@@ -80,7 +108,7 @@ def test_what_was_trained_is_exported_and_draws(trained, tmp_path):
 
 SHEETS = {
     "scenes": (1024, 768), "autoencoder": (1024, 512), "edge": (512, 384), "cloud": (512, 384),
-    "distil": (512, 384),
+    "distil": (512, 384), "decoder": (512, 384),
 }  # fmt: skip
 
 
@@ -103,3 +131,11 @@ def test_a_stage_without_the_one_before_it_is_refused_by_name(tmp_path):
     run = CliRunner().invoke(train_starter, ["cloud", *folders])
     assert run.exit_code == 1
     assert "run cloud-server train-starter clip first" in run.output
+
+
+def test_the_decoder_needs_a_backbone_to_see_with(tmp_path):
+    (tmp_path / "out" / "edge").mkdir(parents=True)
+    folders = ["-o", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    run = CliRunner().invoke(train_starter, ["decoder", *folders, "--eyes", str(tmp_path)])
+    assert run.exit_code == 1
+    assert f"{tmp_path} holds none" in run.output

@@ -51,6 +51,22 @@ def test_without_the_shuffle_a_group_sees_only_itself() -> None:
         assert set(moved.nonzero().flatten().tolist()) == touched
 
 
+@pytest.mark.parametrize(
+    ("groups", "shuffle"), [(1, True), (2, True), (4, True), (8, True), (16, False)]
+)
+def test_two_halves_of_the_identity_undo_their_shuffles(groups: int, shuffle: bool) -> None:
+    first, second = (GroupedLinear(64, groups, shuffle=shuffle) for _ in range(2))
+    assert first.can_undo
+    first.undo()
+    second.undo(0.3)
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(second(first(x)), 0.3 * x)
+
+
+def test_groups_too_small_to_undo_their_shuffles_say_so() -> None:
+    assert not GroupedLinear(64, 16).can_undo
+
+
 @pytest.mark.parametrize("groups", [1, 16])
 def test_the_order_of_pictures_plays_no_part(groups: int) -> None:
     model, x = made(groups=groups), torch.randn(7, 64)
