@@ -74,6 +74,7 @@ def train_recognizer(
             work=setup.work,
             layers=setup.layers,
             groups=setup.groups,
+            dropout=setup.dropout,
             schedule=setup.schedule(),
             device=setup.open_device(),
             backbone=backbone,
@@ -129,6 +130,7 @@ def evaluate_recognizer(
             classifier=model.backbone.classifier,
             layers=setup.layers,
             groups=setup.groups,
+            dropout=setup.dropout,
             schedule=setup.schedule(),
             seeds=tuple(range(seeds)),
             work=setup.work,
@@ -139,7 +141,7 @@ def evaluate_recognizer(
     name = Path(setup.source).stem + (f", clients by {setup.clients}" if setup.clients else "")
     command = (
         f"cloud-server evaluate-recognizer {setup.source} --recognizer {recognizer} "
-        f"--layers {setup.layers} --optimizer {setup.optimizer} "
+        f"--layers {setup.layers} --dropout {setup.dropout:g} --optimizer {setup.optimizer} "
         f"--learning-rate {setup.learning_rate:g} --clients-at-once {setup.clients_at_once} "
         f"--epochs {setup.epochs} --seeds {seeds}"
         + (f" --groups {setup.groups}" if setup.groups else "")

@@ -47,6 +47,7 @@ class Subject:
     seeds: tuple[int, ...]
     work: Path
     groups: int | None = None  # P of T, when it is not the usual one
+    dropout: float = 0.1
     sweep: bool = False
     brief: bool = False
 
@@ -55,7 +56,7 @@ class Subject:
         """The sizes of ICIIA-T."""
         width, classes = self.classifier.in_features, self.classifier.out_features
         groups = self.groups or tiny_groups(width)
-        return IciiaConfig(width, classes, self.layers, groups=groups)
+        return IciiaConfig(width, classes, self.layers, groups=groups, dropout=self.dropout)
 
     @property
     def methods(self) -> dict[str, IciiaConfig]:
@@ -118,6 +119,7 @@ def evaluate(subject: Subject, tell: Told = lambda _: None) -> dict[str, Any]:
             "schedule": asdict(subject.schedule),
             "layers": subject.layers,
             "groups of T": subject.tiny.groups,
+            "dropout": subject.dropout,
             "width": subject.tiny.width,
             "classes": subject.tiny.classes,
             "seeds": list(subject.seeds),

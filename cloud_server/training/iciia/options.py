@@ -44,6 +44,13 @@ _OPTIONS = (
         help="P of ICIIA-T; default: 256, or the most that the backbone's width allows.",
     ),
     click.option(
+        "--dropout",
+        type=click.FloatRange(0.0, 1.0, max_open=True),
+        default=0.1,
+        show_default=True,
+        help="The paper's; with many pictures and small groups none is better.",
+    ),
+    click.option(
         "--optimizer",
         type=click.Choice(["sgd", "adamw"]),
         default="sgd",
@@ -85,6 +92,7 @@ class Setup:
     work: Path
     layers: int
     groups: int | None
+    dropout: float
     optimizer: Optimizer
     learning_rate: float
     clients_at_once: int

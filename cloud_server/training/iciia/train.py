@@ -35,6 +35,7 @@ class Plan:
     work: Path
     layers: int
     groups: int | None
+    dropout: float
     schedule: Schedule
     device: str
     backbone: str | None
@@ -116,6 +117,7 @@ def train(plan: Plan, out: Path) -> Iterator[str]:
         classes=len(samples.classes),
         layers=plan.layers,
         groups=(plan.groups or tiny_groups(backbone.width)) if plan.form == "tiny" else 1,
+        dropout=plan.dropout,
     )
     model, right = learn(
         learnt, config, plan.schedule, plan.seed, plan.work, start=backbone.classifier
