@@ -72,6 +72,11 @@ def train_starter(
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "decoder" in (stages or STAGES) and not (eyes / "config.json").is_file():
+        raise click.ClickException(  # now, and not after hours of the stages before it
+            f"stage decoder needs a recogniser's backbone, and {eyes} holds none; train one "
+            "with cloud-server train-recognizer emoji, or name its folder with --eyes"
+        )
     work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
         if stages and stage not in stages:
@@ -79,11 +84,6 @@ def train_starter(
         default = None if steps else DEFAULT_MINUTES.get(stage, 1.0)
         budget = Budget(steps=steps, minutes=minutes or default)
         _check_earlier_stages(stage, out, work)
-        if stage == "decoder" and not (eyes / "config.json").is_file():
-            raise click.ClickException(
-                f"stage decoder needs a recogniser's backbone, and {eyes} holds none; train one "
-                "with cloud-server train-recognizer emoji, or name its folder with --eyes"
-            )
         click.echo(f"{stage}: on {chosen}, seed {seed}", err=True)
         try:
             run_stage(stage, out, work, eyes, budget, seed, chosen)

@@ -134,8 +134,8 @@ def test_a_stage_without_the_one_before_it_is_refused_by_name(tmp_path):
 
 
 def test_the_decoder_needs_a_backbone_to_see_with(tmp_path):
-    (tmp_path / "out" / "edge").mkdir(parents=True)
     folders = ["-o", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    run = CliRunner().invoke(train_starter, ["decoder", *folders, "--eyes", str(tmp_path)])
-    assert run.exit_code == 1
-    assert f"{tmp_path} holds none" in run.output
+    for stages in ([], ["decoder"]):  # all of them: before the first
+        run = CliRunner().invoke(train_starter, [*stages, *folders, "--eyes", str(tmp_path)])
+        assert run.exit_code == 1
+        assert f"{tmp_path} holds none" in run.output

@@ -103,11 +103,13 @@ def test_the_page_holds_the_numbers_and_needs_nothing_else(report: dict) -> None
 def test_the_commands_from_a_manifest_to_a_report(manifest: Path, tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     train = ["train-recognizer", str(manifest), "-o", str(out), "--work", str(work)]
-    train += ["--steps", "12", "--epochs", "2", "--threads", "1", "--device", "cpu"]
+    train += ["--steps", "12", "--epochs", "2", "--dropout", "0.2"]
+    train += ["--threads", "1", "--device", "cpu"]
     ran = CliRunner().invoke(main, train)
     assert ran.exit_code == 0, ran.output
     model = Recognizer.load(out)
     assert model.classes == ("colour 0", "colour 1", "colour 2", "colour 3")
+    assert model.adapted.iciia.config.dropout == 0.2
     again = CliRunner().invoke(main, train)  # all is there already
     assert again.exit_code == 0, again.output
     measure = ["evaluate-recognizer", str(manifest), "--recognizer", str(out), "-o"]
