@@ -135,6 +135,8 @@ def _to_int8(folded: Path, lowered: Path) -> None:
         # here would not be theirs.
         reduce_range=True,
         use_external_data_format=True,
+        # Of what comes out of its own operators onnxruntime infers no type here. It is all 32-bit.
+        extra_options={"DefaultTensorType": FLOAT},
     )
 
 

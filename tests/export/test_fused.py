@@ -19,7 +19,7 @@ from export.fused import FusedAttention, SplitGeglu, fuse, write_standard
 from export.lowering import lower
 from export.network import Network
 from export.optimise import optimise
-from export.precision import FP16, FP32
+from export.precision import FP16, FP32, INT4, INT8
 from export.quiet import quiet
 
 guard()
@@ -110,3 +110,20 @@ def test_half_precision_is_in_standard_operators(traced: Path, tmp_path: Path) -
 def test_a_processors_file_keeps_the_node(traced: Path, tmp_path: Path) -> None:
     optimise(traced, tmp_path / FP32 / "model.onnx")
     assert kinds(tmp_path / FP32 / "model.onnx")["MultiHeadAttention"] == ATTENTIONS
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantised", "share"), [(INT8, "MatMulInteger", 0.1), (INT4, "MatMulNBits", 0.3)]
+)
+def test_products_around_the_node_are_quantised(
+    network: Network, traced: Path, tmp_path: Path, precision: str, quantised: str, share: float
+) -> None:
+    model = tmp_path / precision / "model.onnx"
+    lower(traced, model, precision)
+    assert kinds(model)["MultiHeadAttention"] == ATTENTIONS
+    assert kinds(model)[quantised] > ATTENTIONS
+    sample = network.samples[0]
+    with torch.inference_mode():
+        want = network.module(*sample).numpy()
+    off = run(model, network, sample) - want
+    assert 0 < np.sqrt((off**2).mean()) < share * want.std()
