@@ -113,7 +113,8 @@ def test_a_processors_file_keeps_the_node(traced: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "quantised", "share"), [(INT8, "MatMulIntegerToFloat", 0.1), (INT4, "MatMulNBits", 0.3)]
+    ("precision", "quantised", "share"),
+    [(INT8, "MatMulIntegerToFloat", 0.1), (INT4, "MatMulNBits", 0.3)],
 )
 def test_products_around_the_node_are_quantised(
     network: Network, traced: Path, tmp_path: Path, precision: str, quantised: str, share: float
