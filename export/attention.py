@@ -7,8 +7,8 @@ the number of its nodes. Three identities take most of them away; D is the width
   bias is dropped, and Wk moves over to the query: r = Wk' q, score = r . x. No key is projected.
 * Weights of attention sum to one, so they may be applied before Wv: no value is projected either.
 * Wk' Wq is of P blocks again. Blocks of a projection are one batched product, a row at a time: few
-  rows are asked for. A product spread out and summed took twice as long, one whole matrix a half
-  more.
+  rows are asked for. A product spread out and summed took up to twice as long, one whole matrix up
+  to a third longer.
 """
 
 from __future__ import annotations

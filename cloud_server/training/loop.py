@@ -131,7 +131,7 @@ def fit(
             optimizer.load_state_dict(kept)
         step, elapsed_s = state["step"], state["elapsed_s"]
         shown_at, history = state["shown_at"], state["history"]
-        for other, kept in zip(beside, state["beside"], strict=True):
+        for other, kept in zip(beside, state.get("beside", ()), strict=True):
             other.load_state_dict(kept)
         if average:
             average.load(state["average"])

@@ -223,8 +223,7 @@ class Iciia(nn.Module):
         """Start close to what the backbone says: with its own head, and layers that add little.
 
         Where the sizes allow it, attention adds a share of the client's pictures as they are: what
-        the client sees often becomes likelier from the first step on. (It then learnt three times
-        as much from clients of random classes as from random values.)
+        the client sees often becomes likelier from the first step on.
 
         The head stays as it is: what it would learn is pictures by heart, and no client. The last
         norm gives vectors back the mean and the spread of the `features` (n, D).

@@ -1,10 +1,10 @@
 """The edge model's last stage: its decoder learns to draw from what its own UNet leaves it.
 
 A UNet that takes four steps leaves softer latents than pictures have, and the decoder, which only
-knows those of pictures, draws them soft. As in latent consistency decoding and in VQGAN (Esser et
-al. 2021, section 3.1) the decoder is trained on by pixels, by features of a network that knows such
-pictures, and against critics; the UNet, the encoder and the cloud model stay as they are. The
-features are the recogniser's: CLIP and the judge, which measure the result, have no part in it.
+knows those of pictures, draws them soft. As in VQGAN (Esser et al. 2021, section 3.1) the decoder
+is trained on by pixels, by features of a network that knows such pictures, and against critics; the
+UNet, the encoder and the cloud model stay as they are. The features are the recogniser's: CLIP and
+the judge, which measure the result, have no part in the loss.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from diffusers import UNet2DConditionModel  # noqa: E402  the guard must come fi
 
 BATCH = {"cpu": 6, "cuda": 96}  # a third each by where the UNet begins
 BEGINNINGS = (0, 2, 3)  # steps of the four: from noise alone, and from pictures with noise added
-EMPHASIS = (3.0, 2.0, 1.0, 1.0, 1.0)  # as the edge's: scenes of few objects are what it is for
+EMPHASIS = (3.0, 2.0, 1.0, 1.0, 1.0)  # of one to five objects: few are what the edge is for
 FEATURES, CRITICS = 0.5, 0.2  # weights in the loss; that of the pixels is 1
 ALONE = 60  # steps that the critics learn before they are heard
 
