@@ -7,17 +7,19 @@ that is owed to context alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cloud_server.training.iciia.learn import SEQUENCE, Cohort, Schedule, batches
+from cloud_server.training.iciia.learn import SEQUENCE, Cohort, Schedule, Steps
 from cloud_server.training.iciia.samples import Ints
 
 Answer = Callable[[Ints], Tensor]  # indices (n,) to logits (n, C)
+SPLITS = ("train", "val", "test")
 
 
 class Prompted(nn.Module):
@@ -45,22 +47,16 @@ def prompt_tuned(cohort: Cohort, classifier: nn.Linear, schedule: Schedule, seed
     def answer(indices: Ints) -> Tensor:
         return model(cohort.features[indices], clients[indices])
 
-    train = cohort.of("train")
-    _descend(
-        model,
-        answer,
-        cohort,
-        schedule,
-        lambda epoch: batches(train, 0.0, (seed, epoch)),
-        np.concatenate(cohort.of("val")),
-    )
-    return share_right(answer, cohort, np.concatenate(cohort.of("test")))
+    parts = [np.concatenate(cohort.of(split)) for split in SPLITS]
+    _descend(model, answer, cohort, schedule, seed, parts, schedule.clients)
+    return share_right(answer, cohort, parts[2])
 
 
 def head_trained_on(cohort: Cohort, classifier: nn.Linear, schedule: Schedule, seed: int) -> float:
     """Return the test accuracy of the backbone's head after the module's training pictures."""
-    parts = [np.concatenate(cohort.of(split)) for split in ("train", "val", "test")]
-    return share_right(_head_of(cohort, classifier, schedule, seed, parts), cohort, parts[2])
+    parts = [np.concatenate(cohort.of(split)) for split in SPLITS]
+    answer = _head_of(cohort, classifier, schedule, seed, parts, schedule.clients)
+    return share_right(answer, cohort, parts[2])
 
 
 def fine_tuned(cohort: Cohort, classifier: nn.Linear, schedule: Schedule, seed: int) -> float:
@@ -85,19 +81,20 @@ def share_right(answer: Answer, cohort: Cohort, indices: Ints) -> float:
 
 
 def _head_of(
-    cohort: Cohort, classifier: nn.Linear, schedule: Schedule, seed: int, parts: list[Ints]
+    cohort: Cohort,
+    classifier: nn.Linear,
+    schedule: Schedule,
+    seed: int,
+    parts: Sequence[Ints],
+    at_once: int = 1,
 ) -> Answer:
-    """Return the head trained on by the first of `parts`, the epoch chosen by the second."""
-    head, order = _copy_of(classifier), np.random.default_rng(seed)
+    """Return the backbone's head trained on by the pictures `parts[0]`, chosen by `parts[1]`."""
+    head = _copy_of(classifier)
 
     def answer(indices: Ints) -> Tensor:
         return head(cohort.features[indices])
 
-    def cut(_: int) -> Iterator[Ints]:
-        mixed = order.permutation(parts[0])
-        return iter(np.array_split(mixed, max(1, len(mixed) // SEQUENCE)))
-
-    _descend(head, answer, cohort, schedule, cut, parts[1])
+    _descend(head, answer, cohort, schedule, seed, parts, at_once)
     return answer
 
 
@@ -106,23 +103,27 @@ def _descend(
     answer: Answer,
     cohort: Cohort,
     schedule: Schedule,
-    batches_of: Callable[[int], Iterable[Ints]],
-    val: Ints,
+    seed: int,
+    parts: Sequence[Ints],
+    at_once: int,
 ) -> None:
-    """Train to the schedule and leave the model as it was best on `val`, maybe at the start."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=schedule.learning_rate)
-    labels = torch.from_numpy(cohort.labels)
-    best, waited, kept = share_right(answer, cohort, val), 0, _state(model)
+    """Train as the module is, `at_once` times SEQUENCE pictures a step.
+
+    The model is left as it was best on the validation pictures `parts[1]`, maybe at the start.
+    """
+    schedule, order = replace(schedule, clients=at_once), np.random.default_rng(seed)
+    steps, labels = Steps(model, schedule), torch.from_numpy(cohort.labels)
+    best, waited, kept = share_right(answer, cohort, parts[1]), 0, _state(model)
     for epoch in range(schedule.epochs):
-        for batch in batches_of(epoch):
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(answer(batch), labels[batch]).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-            optimizer.step()
-        share, waited = share_right(answer, cohort, val), waited + 1
+        mixed = order.permutation(parts[0])
+        cut = np.array_split(mixed, max(1, len(mixed) // (SEQUENCE * at_once)))
+        for i, batch in enumerate(cut):
+            loss = F.cross_entropy(answer(batch), labels[batch])
+            steps.step(loss, (epoch + i / len(cut)) / schedule.epochs)
+        share, waited = share_right(answer, cohort, parts[1]), waited + 1
         if share > best:
             best, waited, kept = share, 0, _state(model)
-        if waited >= schedule.patience:
+        if schedule.over(waited):
             break
     model.load_state_dict(kept)
 

@@ -94,7 +94,7 @@ def train(
     train_clients, val_clients = cohort.of("train"), cohort.of("val")
     if start is not None:
         model.begin_as(start, cohort.features[np.concatenate(train_clients)])
-    steps = _Steps(model, schedule)
+    steps = Steps(model, schedule)
     head = start is not None and hashlib.sha256(start.weight.detach().numpy().tobytes()).hexdigest()
     about = f"{config} {schedule} {seed} {cohort.digest()} {head}"
     file = work / f"iciia-{hashlib.sha256(about.encode()).hexdigest()[:16]}.pt"
@@ -129,7 +129,7 @@ def train(
     return model.eval(), best
 
 
-class _Steps:
+class Steps:
     """Steps of the schedule's optimizer, by how much of the epochs is over."""
 
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:

@@ -49,10 +49,7 @@ def card(report: Report) -> str:
         for what, measures in by_count.items()
     ]
     better = [
-        [
-            f"cloud better by PRS, {what}",
-            *(_percent(report["cloud_better"][kind][k]) for k in columns),
-        ]
+        [what, *(_percent(report["cloud_better"][kind][k]) for k in columns)]
         for kind, what in PRS.items()
     ]
     sides = ["unseen", "seen", "difference"]
@@ -77,9 +74,12 @@ def card(report: Report) -> str:
             _table(["what", "number"], general),
             f"What the judge finds right, in % of what {report['pictures']} captions a column ask "
             "for, by the number of objects:\n",
-            _table(["what", *columns], [*right, *better]),
-            f"The same, in %, of {len(OBJECTS) * report['pictures']} scenes with a pairing that "
-            "training never saw, and of as many of the same form without one:\n",
+            _table(["what", *columns], right),
+            "How often the cloud's picture is better than the edge's by PRS, in % of "
+            f"{report['compared']} other captions a column:\n",
+            _table(["by", *columns], better),
+            f"What the judge finds right, in % of {len(OBJECTS) * report['pictures']} scenes with "
+            "a pairing that training never saw, and of as many of the same form without one:\n",
             _table(["what", *sides], unseen),
             "Each quality metric on its own degradation: AUROC at strength 0.5, and minus the rank "
             "correlation of a picture's score with strength:\n",

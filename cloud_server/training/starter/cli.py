@@ -167,6 +167,13 @@ def run_stage(
     help="Pictures of each kind for every number of objects; each model draws 15 times as many.",
 )
 @click.option(
+    "--compared",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Pictures for every number of objects by which edge and cloud are compared.",
+)
+@click.option(
     "--json",
     "json_file",
     type=click.File("w", encoding="utf-8", lazy=True),
@@ -184,6 +191,7 @@ def evaluate_starter(
     seed: int,
     device: str | None,
     pictures: int,
+    compared: int,
     json_file: TextIO | None,
     card_file: Path | None,
 ) -> None:
@@ -196,14 +204,14 @@ def evaluate_starter(
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     command = (
         f"cloud-server evaluate-starter --models {models} --judge {judge} --seed {seed} "
-        f"--device {chosen} --pictures {pictures}"
+        f"--device {chosen} --pictures {pictures} --compared {compared}"
     )
     if card_file and not has_place(card_file.read_text(encoding="utf-8")):
         raise click.ClickException(
             f"{card_file} has no place for the numbers; add the lines {' and '.join(MARKERS)}"
         )
     try:
-        report = {"command": command, **evaluate(models, judge, seed, chosen, pictures)}
+        report = {"command": command, **evaluate(models, judge, seed, chosen, pictures, compared)}
     except (FontMissing, ModelError) as err:
         raise click.ClickException(str(err)) from err
     numbers = card(report)

@@ -74,12 +74,15 @@ Report = dict[str, Any]
 """What JSON can hold; every estimate is {"mean", "low", "high", "n"}, or null if nothing counts."""
 
 
-def evaluate(models: Path, judge: Path, seed: int, device: str, pictures: int) -> Report:
+def evaluate(
+    models: Path, judge: Path, seed: int, device: str, pictures: int, compared: int
+) -> Report:
     """Measure the models in the folder `models`.
 
-    Each model draws `pictures` captions of every number of objects, as many more with a pairing
-    that training never saw, and as many of the same form without one. ModelError where a folder
-    lacks what is needed or the judge is of another world.
+    Each model draws `pictures` captions of every number of objects for the judge, as many more with
+    a pairing that training never saw, and as many of the same form without one; and for PRS
+    `compared` captions of every number of objects. ModelError where a folder lacks what is needed
+    or the judge is of another world.
     """
     if not (models / "edge" / "model_index.json").is_file():
         raise ModelError(
@@ -103,11 +106,13 @@ def evaluate(models: Path, judge: Path, seed: int, device: str, pictures: int) -
         "seed": seed,
         "device": device,
         "pictures": pictures,
+        "compared": compared,
         "versions": {"python": platform.python_version(), **{k: version(k) for k in VERSIONS}},
         "models": _sizes(models) | {"judge": folder_digest(judge)[:12]},
         "autoencoder": {"psnr": _plain(average(psnr, seed))},
         "clip": _captions(clip, fresh, truths, seed) | _qualities(scorer, truths[:SPOILED], seed),
-        **_drawing(models, reader, clip, seed, device, pictures),
+        **_drawing(models, reader, seed, device, pictures),
+        "cloud_better": _cloud_better(models, clip, seed, device, compared),
     }
 
 
@@ -252,10 +257,8 @@ def _form(scene: Scene) -> tuple[Any, ...]:
     return *groups, scene.relation is not None
 
 
-def _drawing(
-    models: Path, judge: Judge, clip: Clip, seed: int, device: str, pictures: int
-) -> Report:
-    """Return what the judge finds right in true and in drawn pictures, and who is better by PRS."""
+def _drawing(models: Path, judge: Judge, seed: int, device: str, pictures: int) -> Report:
+    """Return what the judge finds right in true and in drawn pictures."""
     exam = Exam.sample(pictures, seed)
     rng = np.random.default_rng([seed, 4])
     truths = np.stack([draw(scene, rng) for scene in exam.scenes])
@@ -274,7 +277,6 @@ def _drawing(
         "unseen": {
             name: {k: _unseen(exam.pairs(right[name][k]), seed) for k in MEASURES} for name in drawn
         },
-        "cloud_better": _cloud_better(exam, clip, drawn["edge"], drawn["cloud"], seed),
         "seconds": seconds,
     }
 
@@ -311,18 +313,21 @@ def _unseen(pairs: NDArray[np.float64], seed: int) -> Report:
     }
 
 
-def _cloud_better(exam: Exam, clip: Clip, edge: Pixels, cloud: Pixels, seed: int) -> Report:
-    """Return how often PRS says that the cloud's picture of a usual scene is the better one.
+def _cloud_better(models: Path, clip: Clip, seed: int, device: str, compared: int) -> Report:
+    """Return how often PRS says that the cloud's picture of a scene is the better one.
 
-    By the ten looks, and with alignment as the starter router weighs it.
+    By the ten looks, and with alignment as the starter router weighs it. A share this near to a
+    half needs more pictures than what the judge finds right, so scenes are drawn for it alone.
     """
-    count = len(OBJECTS) * exam.each
-    prompts = [scene.caption for scene in exam.scenes[:count]]
+    rng = np.random.default_rng([seed, 5])
+    scenes = [sample_scene(rng, k) for k in OBJECTS for _ in range(compared)]
+    drawn = [_draw(models / name, scenes, seed, device)[0] for name in ("edge", "cloud")]
+    prompts = [scene.caption for scene in scenes]
     scorer = QualityScorer(clip, alignment=Alignment(ALIGNMENT_WEIGHT, tuple(prompts)))
-    q = np.stack([scorer.score(_images(stack[:count]), prompts) for stack in (edge, cloud)])
+    q = np.stack([scorer.score(_images(stack), prompts) for stack in drawn])
     names = tuple(metric.name for metric in scorer.metrics)
     labels = Labels(q.astype(np.float64)[:, :, None], tuple(prompts), (seed,), names, "")
-    *_, d = distances(labels, np.arange(count))
+    *_, d = distances(labels, np.arange(len(scenes)))
     weights = np.array([metric.weight for metric in scorer.metrics])
     looks = weights * [metric.name != ALIGNMENT for metric in scorer.metrics]
 

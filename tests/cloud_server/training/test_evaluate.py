@@ -49,8 +49,8 @@ def outcome(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
         patch.setattr(evaluate, "SPOILED", 3)
         patch.setattr(judge, "THRESHOLD", 0.0)
         options = ["--models", folders[0], "--judge", folders[1], "--device", "cpu"]
-        ran = run(*options, "--seed", 3, "--pictures", 2, "--json", out / "report.json",
-                  "--card", out / "CARD.md")  # fmt: skip
+        ran = run(*options, "--seed", 3, "--pictures", 2, "--compared", 2,
+                  "--json", out / "report.json", "--card", out / "CARD.md")  # fmt: skip
     assert ran.exit_code == 0, ran.output
     assert ran.stdout == ""
     return out
@@ -96,6 +96,7 @@ def test_every_number_is_finite_and_in_its_interval(report):
 def test_a_report_says_what_it_is_of(report):
     assert report["command"].startswith("cloud-server evaluate-starter --models ")
     assert (report["seed"], report["pictures"], report["device"]) == (3, 2, "cpu")
+    assert report["compared"] == report["cloud_better"]["looks"]["5"]["n"] == 2
     assert {"python", "torch", "routet2i-edge"} <= report["versions"].keys()
     sizes = report["models"]["parameters"]
     assert 0 < sizes["edge"] < sizes["cloud"]
@@ -113,7 +114,7 @@ def test_the_card_gets_the_numbers_and_keeps_the_rest(outcome, report):
     assert numbers in text
     assert rewrite(text, numbers) == text
     tables = [block.splitlines() for block in numbers.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 5
+    assert len(tables) == 6
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
 
