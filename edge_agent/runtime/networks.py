@@ -7,8 +7,6 @@ of weights. `normal`: from their first use on. `high`: opened all at once, one f
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,7 +31,7 @@ class LazyNetwork:
     """One network of a bundle, open while it is needed; any number of threads may run it.
 
     `static` says that it is fed few shapes, so that a provider may compile for each. `by_shape`:
-    this one does, and so it opens before a run only for the shapes that it was last opened for.
+    this one does, and so it is opened at its first run only.
     """
 
     def __init__(
@@ -48,11 +46,9 @@ class LazyNetwork:
         self.backend: Backend | None = None
 
     def open(self) -> None:
-        """Open it now, not at its first run, if its shapes are known; raises what running would."""
+        """Open it now, not at its first run; raises what running it would."""
         if not self.by_shape:
             self._engine(None)
-        elif shapes := self._networks.last_shapes(self.part, self.choice.provider):
-            self._engine(shapes)
 
     def close(self) -> None:
         """Let go of it; a run in another thread ends in peace."""
@@ -77,8 +73,6 @@ class LazyNetwork:
                     self._open.clear()
                 self._open[key] = engine = self._start(shapes)
                 self.backend = engine.backend
-                if shapes:
-                    self._networks.keep_shapes(self.part, self.choice.provider, shapes)
             return self._open[key]
 
     def _start(self, shapes: Shapes | None) -> Engine:
@@ -202,26 +196,6 @@ class Networks:
             shapes=shapes,
             cache=None if provider is Provider.CPU else self._kept(part, provider, shapes),
         )
-
-    def last_shapes(self, part: Component, provider: Provider) -> Shapes | None:
-        """Return the shapes that a network was last opened for on this device, None if unknown."""
-        try:
-            kept = json.loads(self._shapes_file(part, provider).read_bytes())
-            return {name: tuple(map(int, kept[name])) for name in part.inputs if name in kept}
-        except (OSError, ValueError, TypeError):
-            return None
-
-    def keep_shapes(self, part: Component, provider: Provider, shapes: Shapes) -> None:
-        """Keep for the next process what a network was opened for."""
-        file = self._shapes_file(part, provider)
-        with suppress(OSError):  # what cannot be kept is known at the run
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(shapes), encoding="utf-8")
-            partial.replace(file)
-
-    def _shapes_file(self, part: Component, provider: Provider) -> Path:
-        return self._kept(part, provider, None).with_suffix(".json")
 
     def _kept(self, part: Component, provider: Provider, shapes: Shapes | None) -> Path:
         """Return where `provider` keeps what it compiles: never one place for two outcomes."""

@@ -137,34 +137,15 @@ def test_openvino_compiles_for_each_size_and_keeps_one_or_all(tiny_bundle: Path)
     for memory in (Memory.NORMAL, Memory.HIGH):
         opened = networks(tiny_bundle, provider=Provider.OPENVINO, memory=memory)
         decoder = opened.get("vae_decoder", static=True)
+        opened.open_now(decoder)  # it is not known yet for which size
+        assert opened.backends == {}
         for feeds in (LATENT, wide, LATENT):
             decoder.run(feeds)
         counts[memory] = len(opened.started)
     assert counts == {Memory.NORMAL: 3, Memory.HIGH: 2}
-    kept = sorted((tiny_bundle / "cache" / "compiled").iterdir())
-    assert all(file.name.startswith("vae_decoder-openvino-") for file in kept)
-    assert sorted(file.suffix for file in kept) == [".blob", ".blob", ".json"]
-
-
-@needs_openvino
-def test_openvino_opens_before_a_run_for_the_size_of_last_time(tiny_bundle: Path) -> None:
-    def started() -> Counting:
-        opened = networks(tiny_bundle, provider=Provider.OPENVINO)
-        opened.started = []
-        opened.open_now(opened.get("vae_decoder", static=True))
-        return opened
-
-    first = started()
-    assert first.started == []  # it is not known yet for which size
-    wanted = first.get("vae_decoder").run(LATENT)[0]
-    again = started()
-    assert [shapes for _, _, shapes in again.started] == [{"latent_sample": (1, 4, 8, 8)}]
-    np.testing.assert_array_equal(again.get("vae_decoder").run(LATENT)[0], wanted)
-    assert len(again.started) == 1
-    (kept,) = (tiny_bundle / "cache" / "compiled").glob("*.json")
-    for broken in ("", "[]", '{"latent_sample": 8}', '{"latent_sample": ["a"]}', '{"other": [1]}'):
-        kept.write_text(broken, encoding="utf-8")
-        assert started().started == []
+    kept = sorted(file.name for file in (tiny_bundle / "cache" / "compiled").iterdir())
+    assert len(kept) == 2
+    assert all(name.startswith("vae_decoder-openvino-") for name in kept)
 
 
 @needs_openvino
