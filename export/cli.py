@@ -86,7 +86,7 @@ class Precision(click.ParamType):
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Prompts to measure loss on, one a line; default: 200 of the starter's world.",
+    help="Prompts to measure loss on, one a line; default: 1,000 of the starter's world.",
 )
 @click.option(
     "--pictures",

@@ -28,7 +28,7 @@ from export.lowering import Unsuited, rounding
 from export.parity import MAX_PSNR_DB, open_plainly, psnr_db
 from export.precision import FP16, FP32, INT4, INT8, PRECISIONS, unsuited
 
-PROMPTS, PICTURES = 200, 4
+PROMPTS, PICTURES = 1000, 4
 PROMPTS_SEED = 20  # of the prompts that are taken where none are given
 EVEN_SHARE = 0.5  # to count flips by, where the router sends nothing to the cloud
 
