@@ -59,12 +59,19 @@ def head_trained_on(cohort: Cohort, classifier: nn.Linear, schedule: Schedule, s
     return share_right(answer, cohort, parts[2])
 
 
-def fine_tuned(cohort: Cohort, classifier: nn.Linear, schedule: Schedule, seed: int) -> float:
-    """Return the test accuracy of the backbone's head trained on by each client's own labels."""
-    right = total = 0.0
+def fine_tuned(
+    cohort: Cohort, classifier: nn.Linear, schedule: Schedule, seed: int, most: int | None = None
+) -> float:
+    """Return the test accuracy of the backbone's head trained on by each client's own labels.
+
+    By `most` of them, drawn by the seed, None being all; what is chosen by validation is chosen by
+    all labels of that split.
+    """
+    right, total, rng = 0.0, 0.0, np.random.default_rng((seed, 1))
     for client in cohort.of("test"):
         own = cohort.clients == cohort.clients[client[0]]
         parts = [np.flatnonzero(own & (cohort.splits == code)) for code in range(3)]
+        parts[0] = rng.permutation(parts[0])[:most]
         head = _head_of(cohort, classifier, schedule, seed, parts)
         right += share_right(head, cohort, parts[2]) * len(client)
         total += len(client)

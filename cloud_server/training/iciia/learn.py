@@ -95,7 +95,7 @@ def train(
     if start is not None:
         model.begin_as(start, cohort.features[np.concatenate(train_clients)])
     steps = Steps(model, schedule)
-    head = start is not None and hashlib.sha256(start.weight.detach().numpy().tobytes()).hexdigest()
+    head = start is not None and digest_of(start)
     about = f"{config} {schedule} {seed} {cohort.digest()} {head}"
     file = work / f"iciia-{hashlib.sha256(about.encode()).hexdigest()[:16]}.pt"
     labels = torch.from_numpy(cohort.labels)
@@ -233,6 +233,11 @@ def answers(model: nn.Module, features: Tensor, met: Stream) -> Tensor:
     for part in np.array_split(indices, max(1, len(indices) * (k + 1) // 8192)):
         said.append(model(features[part], rows)[:, 0])
     return torch.cat(said)
+
+
+def digest_of(head: nn.Linear) -> str:
+    """Return the digest of a head's weights."""
+    return hashlib.sha256(head.weight.detach().numpy().tobytes()).hexdigest()
 
 
 def _save(state: dict[str, object], file: Path) -> None:

@@ -39,6 +39,7 @@ def test_labels_of_a_client_tell_its_kind(cohort: Cohort, classifier: nn.Linear)
     assert plain == pytest.approx(0.5, abs=0.07)
     assert fine_tuned(cohort, classifier, SCHEDULE, 0) > plain + 0.15
     assert prompt_tuned(cohort, classifier, SCHEDULE, 0) > plain + 0.15
+    assert plain < fine_tuned(cohort, classifier, SCHEDULE, 0, most=4) < plain + 0.15
 
 
 def test_a_head_without_clients_learns_from_all(cohort: Cohort, classifier: nn.Linear) -> None:
