@@ -140,7 +140,7 @@ class Steps:
             rate = schedule.learning_rate * schedule.clients
             self.optimizer = torch.optim.SGD(self.weights, lr=rate)
         else:
-            self.optimizer = torch.optim.AdamW(self.weights, lr=schedule.learning_rate)
+            self.optimizer = torch.optim.AdamW(self.weights, lr=schedule.learning_rate, fused=True)
 
     def step(self, loss: Tensor, progress: float) -> None:
         if self.schedule.optimizer == "adamw":

@@ -86,7 +86,7 @@ class Size:
 SIZES = {
     # Attention at 16x16 about doubles the time of a training step on a CPU.
     "edge": Size((72, 144), False, 8, 3.0, emphasis=(2.0, 1.0, 1.0, 1.0, 1.0)),
-    "cloud": Size((144, 288), True, 10, 2.0, emphasis=(0.6, 0.8, 1.5, 1.5, 1.5)),
+    "cloud": Size((144, 288), True, 16, 3.0, emphasis=(0.6, 0.8, 1.5, 1.5, 1.5)),
 }
 DISTILLED_STEPS = 4
 EDGE_DRAWS = replace(SIZES["edge"], steps=DISTILLED_STEPS, guidance=1.0)
