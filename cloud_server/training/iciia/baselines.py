@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cloud_server.training.iciia.learn import SEQUENCE, Cohort, Schedule, Steps
-from cloud_server.training.iciia.samples import Ints
+from cloud_server.training.iciia.samples import SPLITS, Ints
 
 Answer = Callable[[Ints], Tensor]  # indices (n,) to logits (n, C)
-SPLITS = ("train", "val", "test")
 
 
 class Prompted(nn.Module):
@@ -47,14 +46,14 @@ def prompt_tuned(cohort: Cohort, classifier: nn.Linear, schedule: Schedule, seed
     def answer(indices: Ints) -> Tensor:
         return model(cohort.features[indices], clients[indices])
 
-    parts = [np.concatenate(cohort.of(split)) for split in SPLITS]
+    parts = [np.concatenate(cohort.of(split)) for split in SPLITS[:3]]
     _descend(model, answer, cohort, schedule, seed, parts, schedule.clients)
     return share_right(answer, cohort, parts[2])
 
 
 def head_trained_on(cohort: Cohort, classifier: nn.Linear, schedule: Schedule, seed: int) -> float:
     """Return the test accuracy of the backbone's head after the module's training pictures."""
-    parts = [np.concatenate(cohort.of(split)) for split in SPLITS]
+    parts = [np.concatenate(cohort.of(split)) for split in SPLITS[:3]]
     answer = _head_of(cohort, classifier, schedule, seed, parts, schedule.clients)
     return share_right(answer, cohort, parts[2])
 
