@@ -1,7 +1,7 @@
 """The one door of the device: a request in; decided, drawn here or in the cloud; a result out.
 
-A cloud that does not answer with a picture, or for which the budget has no room, is replaced by the
-edge, and the result says why. Neither a cloud client nor the budget is touched for a private
+A cloud that does not answer with a picture, or for which the budget has no room or cannot be read,
+is replaced by the edge, and the result says why. Neither a cloud client nor the budget is touched for a private
 request, for route `edge`, or by an offline agent.
 """
 
@@ -199,8 +199,8 @@ class EdgeAgent:
     ) -> Result:
         """Draw `request` on the side it belongs to, or on the other when that one fails.
 
-        Raises ConfigError for a request nobody could draw, Cancelled, LedgerError when the budget
-        cannot be read, or GenerationError when the last side that was allowed has failed.
+        Raises ConfigError for a request nobody could draw, Cancelled, or GenerationError when the
+        last side that was allowed has failed.
         """
         check_request(request)
         if request.route is Route.CLOUD and not self._cloud_allowed(request):
@@ -290,14 +290,19 @@ class EdgeAgent:
             or not self._cloud_allowed(request)
         ):
             return decision, None
-        admission = self._budget.admit(self._pacer, decision.score)
+        try:
+            admission = self._budget.admit(self._pacer, decision.score)
+        except LedgerError:
+            # Nothing is sent that is not noted first: should the decision be the cloud, noting it
+            # fails again, and the device draws.
+            return decision, None
         return router.under(admission.threshold, decision), admission.reservation
 
     def _draw(self, call: _Call, first: Route) -> tuple[Picture, Route, str | None]:
         """Return the picture, the side that drew it and, after a fallback, the reason for it."""
         try:
             return self._draw_on(first, call), first, None
-        except (CloudError, GenerationError, BundleError) as err:
+        except (CloudError, GenerationError, BundleError, LedgerError) as err:
             if first is Route.EDGE and not self._cloud_allowed(call.request):
                 raise
             failure = err

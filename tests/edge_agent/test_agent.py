@@ -507,16 +507,27 @@ def test_a_decision_shows_the_threshold_that_held_and_asking_for_one_spends_noth
     assert False in sent
 
 
-def test_a_ledger_that_cannot_be_read_is_an_error_before_anything_is_sent(
-    make_agent: MakeAgent, ledger: Ledger
+@pytest.mark.parametrize("route", [Route.AUTO, Route.CLOUD])
+def test_with_a_ledger_that_cannot_be_read_nothing_is_sent_and_the_device_draws(
+    make_agent: MakeAgent, ledger: Ledger, route: Route
 ) -> None:
     ledger.path.write_bytes(b"garbage")
     cloud = Cloud()
-    for route in (Route.AUTO, Route.CLOUD):
-        with pytest.raises(LedgerError, match="not a database"):
-            make_agent(cloud=cloud, budget=ledger).generate(Request(HARD, route=route))
+    result = make_agent(cloud=cloud, budget=ledger).generate(Request(HARD, route=route))
+    assert result.drawn_on is Route.EDGE
+    assert result.fallback_from is Route.CLOUD
+    assert result.fallback_reason is not None
+    assert "not a database" in result.fallback_reason
     assert not cloud.asked
     assert ledger.path.read_bytes() == b"garbage"
+
+
+def test_asked_where_a_prompt_belongs_an_agent_says_that_its_ledger_cannot_be_read(
+    make_agent: MakeAgent, ledger: Ledger
+) -> None:
+    ledger.path.write_bytes(b"garbage")
+    with pytest.raises(LedgerError, match="not a database"):
+        make_agent(cloud=Cloud(), budget=ledger).route(HARD)
 
 
 def test_a_picture_is_not_lost_when_its_call_cannot_be_settled(

@@ -448,14 +448,15 @@ def test_without_a_budget_there_is_no_ledger_and_with_one_none_for_the_device(
     assert not (tmp_path / "l").exists()
 
 
-def test_a_ledger_that_is_none_is_one_sentence_and_stays_as_it_is(
+def test_a_ledger_that_is_none_is_said_and_stays_as_it_is_while_the_device_draws(
     command: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "l").write_text("my diary")
-    done = command("generate", HARD, "--cloud", "127.0.0.1:9", "--pace", "--ledger", "l")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("edge-agent: the budget's ledger l cannot be read (file is not a")
-    assert len(done.stderr.splitlines()) == 1
+    budget = ["--cloud", "127.0.0.1:9", "--pace", "--share", "1", "--ledger", "l"]
+    done = command("generate", HARD, "-o", "a.png", *budget)
+    assert done.returncode == 0
+    assert "the budget's ledger l cannot be read (file is not a" in done.stderr
+    assert read_record(tmp_path / "a.png")["drawn_on"] == "edge"
     assert (tmp_path / "l").read_text() == "my diary"
 
 

@@ -45,6 +45,11 @@ CLIP_WEIGHTS = "open_clip_model.safetensors"
     show_default=True,
     help="Folder of the recogniser's backbone that the stage decoder compares pictures by.",
 )
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of a trained model of its kind that the stage cloud or edge goes on from.",
+)
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Time a stage.")
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps a stage.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -55,6 +60,7 @@ def train_starter(
     out: Path,
     work: Path,
     eyes: Path,
+    start: Path | None,
     minutes: float | None,
     steps: int | None,
     seed: int,
@@ -77,6 +83,8 @@ def train_starter(
             f"stage decoder needs a recogniser's backbone, and {eyes} holds none; train one "
             "with cloud-server train-recognizer emoji, or name its folder with --eyes"
         )
+    if start:
+        _check_start(start, stages)
     work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
         if stages and stage not in stages:
@@ -86,9 +94,22 @@ def train_starter(
         _check_earlier_stages(stage, out, work)
         click.echo(f"{stage}: on {chosen}, seed {seed}", err=True)
         try:
-            run_stage(stage, out, work, eyes, budget, seed, chosen)
+            run_stage(stage, out, work, eyes, start, budget, seed, chosen)
         except FontMissing as err:
             raise click.ClickException(str(err)) from err
+
+
+def _check_start(start: Path, stages: tuple[str, ...]) -> None:
+    if stages not in (("cloud",), ("edge",)):
+        raise click.ClickException(
+            f"--start is for one stage, cloud or edge, not for {', '.join(stages) or 'all'}; "
+            "name that stage alone"
+        )
+    if not (start / "unet" / "config.json").is_file():
+        raise click.ClickException(
+            f"--start {start} holds no unet/config.json; name a model's folder, such as "
+            f"models/starter/{stages[0]}"
+        )
 
 
 def _check_earlier_stages(stage: str, out: Path, work: Path) -> None:
@@ -109,7 +130,14 @@ def _check_earlier_stages(stage: str, out: Path, work: Path) -> None:
 
 
 def run_stage(
-    stage: str, out: Path, work: Path, eyes: Path, budget: Budget, seed: int, device: str
+    stage: str,
+    out: Path,
+    work: Path,
+    eyes: Path,
+    start: Path | None,
+    budget: Budget,
+    seed: int,
+    device: str,
 ) -> None:
     """Run one stage; raises FontMissing where scenes are drawn without their font."""
     from cloud_server.training.starter.autoencoder import train_autoencoder
@@ -133,7 +161,7 @@ def run_stage(
         case "autoencoder":
             train_autoencoder(work / "autoencoder", work, budget, seed, device)
         case "edge" | "cloud":
-            train_diffusion(stage, out, work, budget, seed, device)
+            train_diffusion(stage, out, work, budget, seed, device, start)
         case "distil":
             distil(out, work, budget, seed, device)
         case "decoder":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,23 @@ def test_what_was_trained_is_exported_and_draws(trained, tmp_path):
     assert result.picture.steps == diffusion.DISTILLED_STEPS
 
 
+@needs_font
+@pytest.mark.slow
+def test_a_model_is_trained_on_from_where_it_stands(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(diffusion.SCENES, "cpu", 64)
+    monkeypatch.setitem(diffusion.BATCH, "cpu", 8)
+    shutil.copytree(trained / "out" / "clip", tmp_path / "out" / "clip")
+    shutil.copytree(trained / "work" / "autoencoder", tmp_path / "work" / "autoencoder")
+    folders = ["-o", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    start = ["--start", str(trained / "out" / "cloud"), "--steps", "1", "--seed", "7"]
+    run = CliRunner().invoke(train_starter, ["cloud", *folders, *start], catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    before, after = (load_file(root / "out" / "cloud" / weights) for root in (trained, tmp_path))
+    apart = max(float((after[name].float() - before[name].float()).abs().max()) for name in before)
+    assert 0 < apart < 0.01
+
+
 SHEETS = {
     "scenes": (1024, 768), "autoencoder": (1024, 512), "edge": (512, 384), "cloud": (512, 384),
     "distil": (512, 384), "decoder": (512, 384),
@@ -131,6 +149,16 @@ def test_a_stage_without_the_one_before_it_is_refused_by_name(tmp_path):
     run = CliRunner().invoke(train_starter, ["cloud", *folders])
     assert run.exit_code == 1
     assert "run cloud-server train-starter clip first" in run.output
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [(["cloud"], "holds no unet/config.json"), ([], "one stage"), (["clip"], "not for clip")],
+)
+def test_a_start_that_cannot_be_is_refused(tmp_path, stages, said):
+    run = CliRunner().invoke(train_starter, [*stages, "--start", str(tmp_path)])
+    assert run.exit_code == 1
+    assert said in run.output
 
 
 def test_the_decoder_needs_a_backbone_to_see_with(tmp_path):
