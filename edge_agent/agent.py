@@ -1,8 +1,8 @@
 """The one door of the device: a request in; decided, drawn here or in the cloud; a result out.
 
 A cloud that does not answer with a picture, or for which the budget has no room or cannot be read,
-is replaced by the edge, and the result says why. Neither a cloud client nor the budget is touched for a private
-request, for route `edge`, or by an offline agent.
+is replaced by the edge, and the result says why. Neither a cloud client nor the budget is touched
+for a private request, for route `edge`, or by an offline agent.
 """
 
 from __future__ import annotations
