@@ -28,6 +28,7 @@ from benchmarks.peers.prepare import PARTS, ROOT, TEXT, prepare, prepare_starter
 PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "diffusers", "optimum-onnx")
 OPTIONAL = {"openvino": "openvino", "stable-diffusion.cpp": "stable_diffusion_cpp"}
 PEERS = ("diffusers-fp32", "diffusers-bf16", "optimum", "openvino", "stable-diffusion.cpp")
+OWN_NOISE = ("stable-diffusion.cpp",)  # whose pictures no other's can be compared with
 NEEDS = {"optimum": ("optimum",), "openvino": ("bundle", "optimum")}
 STARTED = ("ours", "diffusers-fp32")  # whose starts are compared; contenders begin with these
 LOW = "memory=low"
@@ -228,7 +229,8 @@ def _measured(
             file.write_text(json.dumps(first), encoding="utf-8")
         found[contender] = _summary(json.loads(file.read_text(encoding="utf-8")))
     for contender, its in found.items():  # now that the picture to compare with is there
-        its["psnr_db"] = _near(results, case.name, _file(results, case, contender))
+        file = _file(results, case, contender)
+        its["psnr_db"] = None if contender in OWN_NOISE else _near(results, case.name, file)
     return found
 
 
