@@ -17,7 +17,7 @@ import onnxruntime as ort
 import torch
 
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.predictor import PredictorConfig, build
+from cloud_server.training.predictor import KINDS, PredictorConfig, build
 from cloud_server.training.towers import ClipTower
 from export import components
 from export.lowering import lower
@@ -68,7 +68,7 @@ def decisions(
         optimise(traced, folder / "fp32" / "model.onnx")
         lower(traced, folder / "int8" / "model.onnx", INT8)
         predictors = {}
-        for kind in ("gated", "linear"):
+        for kind in KINDS:
             model = build(PredictorConfig(tower.width, METRICS, kind=kind)).eval()
             file = folder / f"{kind}.onnx"
             components.predictor(model, tower.context_length).trace(file)
@@ -88,11 +88,12 @@ def decisions(
 
         def decide(kind: str, index: int) -> object:
             ids = prompts[index % len(prompts)]
-            return predict("gated", encoders[kind].run(None, {"input_ids": ids})[0])
+            return predict("mixed", encoders[kind].run(None, {"input_ids": ids})[0])
 
         yield {
             "gated predictor": lambda i: predict("gated", states[i % len(states)]),
             "linear predictor": lambda i: predict("linear", states[i % len(states)]),
-            "fp32 encoder and gated predictor": lambda i: decide("fp32", i),
-            "int8 encoder and gated predictor": lambda i: decide("int8", i),
+            "mixed predictor": lambda i: predict("mixed", states[i % len(states)]),
+            "fp32 encoder and mixed predictor": lambda i: decide("fp32", i),
+            "int8 encoder and mixed predictor": lambda i: decide("int8", i),
         }

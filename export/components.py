@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.predictor import LinearPredictor, Predictor
+from cloud_server.training.predictor import AnyPredictor
 from cloud_server.training.towers import Tower
 from export.network import MAX_BATCH, OPSET, Network, trace_symbolically
 
@@ -56,7 +56,7 @@ def text_encoder(tower: Tower, longest: int) -> Network:
     return Network(tower, names, outputs, trace, samples)
 
 
-def predictor(model: Predictor | LinearPredictor, context_length: int) -> Network:
+def predictor(model: AnyPredictor, context_length: int) -> Network:
     """Hidden states (B, n, d) and the mask (B, n) of prompt tokens to D (B, k)."""
     config = model.config
     rng = torch.Generator().manual_seed(0)

@@ -1,16 +1,17 @@
 """The routing network: from the text encoder's hidden states to D, one distance a quality metric.
 
 `Predictor` is RouteT2I's dual-gate token-selection mixture of experts (section 5.1).
-`LinearPredictor` is what a few hundred prompts can support. Both map the frozen encoder's states
-(B, n, d) and a mask (B, n), 1 on the prompt's tokens and their end, to D (B, k) in (0, 1), the
-normalised quality distances between the edge's picture and the cloud's; the device cannot tell them
-apart.
+`LinearPredictor` is what a few hundred prompts can support, `MixedPredictor` lets both speak. All
+map the frozen encoder's states (B, n, d) and a mask (B, n), 1 on the prompt's tokens and their end,
+to D (B, k) in (0, 1), the normalised quality distances between the edge's picture and the cloud's;
+the device cannot tell them apart.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -19,13 +20,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+MEMBERS = 3  # gated networks in a mixed one
+
 
 @dataclass(frozen=True, slots=True)
 class PredictorConfig:
     """Sizes: d `width`, k `experts` (one a metric), h `hidden`, l `low_rank`, K `top_k` tokens.
 
-    `kind` is gated or linear; a linear one has no other sizes than d and k. The last three take
-    one idea of the paper away each, for its ablations.
+    `kind` is gated, linear or mixed; a linear one has no other sizes than d and k. The last three
+    take one idea of the paper away each, for its ablations.
     """
 
     width: int = 192
@@ -120,6 +123,25 @@ class LinearPredictor(nn.Module):
         return F.linear(pooled(hidden, mask), self.weight, self.bias).sigmoid()
 
 
+class MixedPredictor(nn.Module):
+    """The mean of the linear one's D and of what gated ones of several seeds say in the mean.
+
+    Gated networks of different seeds err differently, and all of them otherwise than the linear
+    one, so that their mean is nearer than any (Lakshminarayanan et al. 2017).
+    """
+
+    def __init__(self, config: PredictorConfig) -> None:
+        super().__init__()
+        self.config = config
+        gated = replace(config, kind="gated")
+        self.gated = nn.ModuleList(Predictor(gated) for _ in range(MEMBERS))
+        self.linear = LinearPredictor(replace(config, kind="linear"))
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        said = torch.stack([member(hidden, mask) for member in self.gated]).mean(0)
+        return 0.5 * (said + self.linear(hidden, mask))
+
+
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
     """Return (B, 2d + 1): the tokens' mean state, the last one's, and the log of their number."""
     count = mask.sum(1, keepdim=True).clamp_min(1.0)
@@ -128,12 +150,20 @@ def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([mean, end, count.log()], 1)
 
 
-def build(config: PredictorConfig) -> Predictor | LinearPredictor:
+AnyPredictor = Predictor | LinearPredictor | MixedPredictor
+KINDS: dict[str, Callable[[PredictorConfig], AnyPredictor]] = {
+    "gated": Predictor,
+    "linear": LinearPredictor,
+    "mixed": MixedPredictor,
+}
+
+
+def build(config: PredictorConfig) -> AnyPredictor:
     """Return a fresh network of the configured kind."""
-    return LinearPredictor(config) if config.kind == "linear" else Predictor(config)
+    return KINDS[config.kind](config)
 
 
-def save(model: Predictor | LinearPredictor, folder: Path) -> None:
+def save(model: AnyPredictor, folder: Path) -> None:
     """Write predictor.safetensors and config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.contiguous().cpu() for name, weight in model.state_dict().items()}
@@ -141,7 +171,7 @@ def save(model: Predictor | LinearPredictor, folder: Path) -> None:
     (folder / "config.json").write_text(model.config.to_json(), encoding="utf-8")
 
 
-def load(folder: Path) -> Predictor | LinearPredictor:
+def load(folder: Path) -> AnyPredictor:
     """Read what `save` wrote, ready to predict."""
     model = build(PredictorConfig.from_json((folder / "config.json").read_text(encoding="utf-8")))
     model.load_state_dict(load_file(folder / "predictor.safetensors"))

@@ -1,12 +1,13 @@
 """Learning to route: labels to mu, Gamma and D, and a predictor of D from prompts.
 
-Two predictors can be learnt, the paper's gated mixture of experts and a linear one; which of them
-suits the labels is found out by cross-validation inside the training prompts.
+Three predictors can be learnt: the paper's gated mixture of experts, a linear one, and a mixed one
+in which both speak. Whether the mixed one suits the labels better than the linear one is found out
+by cross-validation inside the training prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from cloud_server.training.gated import fit_gated
 from cloud_server.training.labels import Labels
 from cloud_server.training.linear import fit_columns
 from cloud_server.training.loop import Budget
-from cloud_server.training.predictor import LinearPredictor, Predictor, PredictorConfig, pooled
+from cloud_server.training.predictor import (
+    KINDS,
+    MEMBERS,
+    AnyPredictor,
+    LinearPredictor,
+    MixedPredictor,
+    Predictor,
+    PredictorConfig,
+    pooled,
+)
 from edge_agent.routing.pareto import dataset_gaps, fit_gamma, prs, quality_distance
 
 Floats = NDArray[np.float64]
@@ -30,12 +40,12 @@ Rows = NDArray[np.int64]
 BATCH = 256
 LEAST_PROMPTS = 10
 INNER_FOLDS = 5
-PREDICTORS = ("auto", "gated", "linear")
+PREDICTORS = ("auto", *KINDS)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Which predictor, auto being the better of the two, and the sizes of the gated one.
+    """Which predictor, auto being linear or mixed, and the sizes of the gated one.
 
     The last three each take one idea of the paper away from the gated one.
     """
@@ -59,7 +69,7 @@ class Settings:
 class Learned:
     """A trained predictor, and mu (2, k), Gamma and D (N, k) of the labels it was trained on."""
 
-    model: Predictor | LinearPredictor
+    model: AnyPredictor
     mu: Floats
     gamma: float
     d: Floats
@@ -91,33 +101,38 @@ def learn(
 
     `weights` (k,) are the metrics' in PRS. `related` (N, m), NaN where unknown, are qualities of
     other models or metrics on the same prompts, which the linear predictor learns with.
-    `budget` bounds the gated predictor, each fit of a cross-validation getting its part. Raises
+    `budget` bounds a gated network, each of a cross-validation getting its part. Raises
     DataError for labels that nothing can be learnt from.
     """
     check(labels)
     mu, gamma, d = distances(labels, training)
     kind = settings.predictor
     if kind == "auto":
-        part = None if budget.minutes is None else budget.minutes / (INNER_FOLDS + 1)
+        trainings = (INNER_FOLDS + 1) * MEMBERS
+        part = None if budget.minutes is None else budget.minutes / trainings
         budget = replace(budget, minutes=part)
 
+    def gated(rows: Rows, seed: int) -> Predictor:
+        return fit_gated(features, d, weights, rows, seed, sizes=settings.sizes, work=work,
+                         budget=budget, device=device)  # fmt: skip
+
     def fit(kind: str, rows: Rows) -> Learned:
-        model: Predictor | LinearPredictor
+        if kind == "gated":
+            return Learned(gated(rows, seed), mu, gamma, d, device)
+        linear = _fit_linear(features, labels, mu, gamma, rows, related)
         if kind == "linear":
-            model = _fit_linear(features, labels, mu, gamma, rows, related)
-        else:
-            model = fit_gated(features, d, weights, rows, seed, sizes=settings.sizes, work=work,
-                              budget=budget, device=device)  # fmt: skip
-        return Learned(model, mu, gamma, d, device)
+            return Learned(linear, mu, gamma, d, device)
+        members = [gated(rows, seed * MEMBERS + i) for i in range(MEMBERS)]
+        return Learned(_mixed(members, linear), mu, gamma, d, device)
 
     if kind == "auto":
         folds = np.array_split(np.random.default_rng(seed).permutation(training), INNER_FOLDS)
         gains = {
-            kind: _gains(fit, kind, features, d, weights, folds) for kind in ("linear", "gated")
+            kind: _gains(fit, kind, features, d, weights, folds) for kind in ("linear", "mixed")
         }
-        more = gains["gated"] - gains["linear"]
+        more = gains["mixed"] - gains["linear"]
         # The larger one has to be better by more than chance.
-        kind = "gated" if more.mean() > more.std() / len(more) ** 0.5 else "linear"
+        kind = "mixed" if more.mean() > more.std() / len(more) ** 0.5 else "linear"
     return fit(kind, training)
 
 
@@ -155,6 +170,13 @@ def distances(labels: Labels, training: Rows) -> tuple[Floats, float, Floats]:
     gamma = fit_gamma(q_edge[training], q_cloud[training], mu_edge, mu_cloud)
     d = quality_distance(q_edge, q_cloud, mu_edge, mu_cloud, gamma)
     return np.stack([mu_edge, mu_cloud]), gamma, d
+
+
+def _mixed(members: Sequence[Predictor], linear: LinearPredictor) -> MixedPredictor:
+    model = MixedPredictor(replace(members[0].config, kind="mixed"))
+    for place, member in zip((*model.gated, model.linear), (*members, linear), strict=True):
+        place.load_state_dict(member.state_dict())
+    return model.eval()
 
 
 def _fit_linear(

@@ -27,10 +27,10 @@ _COUNT = click.IntRange(min=1)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
     "--predictor",
-    type=click.Choice(["auto", "gated", "linear"]),
+    type=click.Choice(["auto", "gated", "linear", "mixed"]),
     default="auto",
     show_default=True,
-    help="The paper's, a linear one, or what cross-validation finds better.",
+    help="The paper's, a linear one, both mixed, or which of the last two suits better.",
 )
 @click.option("--single-gate", is_flag=True, help="Ablation: no negative gate.")
 @click.option("--all-tokens", is_flag=True, help="Ablation: no token selection.")

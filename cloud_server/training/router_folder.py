@@ -177,9 +177,7 @@ def _name(labels: Labels, side: str) -> str:
     return f"{name}@{digest[:12]}" if digest else name
 
 
-def save_router(
-    model: predictor.Predictor | predictor.LinearPredictor, facts: dict[str, Any], out: Path
-) -> None:
+def save_router(model: predictor.AnyPredictor, facts: dict[str, Any], out: Path) -> None:
     """Write predictor.safetensors, config.json and router.json, replacing `out` as a whole."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

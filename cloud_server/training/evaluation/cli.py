@@ -49,7 +49,7 @@ _VERSIONS = ("routet2i-edge", "numpy", "torch", "scikit-learn")
 @click.option("--judge-scores", type=_FILE, help="Or labels of the same prompts, judged otherwise.")
 @click.option(
     "--predictor",
-    type=click.Choice(["auto", "gated", "linear"]),
+    type=click.Choice(["auto", "gated", "linear", "mixed"]),
     default="auto",
     show_default=True,
     help="As in train-router.",

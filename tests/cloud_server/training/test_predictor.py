@@ -15,10 +15,12 @@ SMALL = PredictorConfig(width=16, experts=3, hidden=8, low_rank=4, top_k=2)
 
 
 LINEAR = PredictorConfig(width=16, experts=3, kind="linear")
+MIXED = replace(SMALL, kind="mixed")
 ALONE = replace(SMALL, single_gate=True, all_tokens=True, single_metric=True)
 EVERY = {
     "full": SMALL,
     "linear": LINEAR,
+    "mixed": MIXED,
     "single gate": replace(SMALL, single_gate=True),
     "all tokens": replace(SMALL, all_tokens=True),
     "single metric": replace(SMALL, single_metric=True),
@@ -30,8 +32,9 @@ every = pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 def build(config=SMALL):
     torch.manual_seed(0)
     model = predictor.build(config).eval()
-    if config.kind == "linear":
-        torch.nn.init.normal_(model.weight)
+    for module in model.modules():
+        if isinstance(module, LinearPredictor):
+            torch.nn.init.normal_(module.weight)
     return model
 
 
@@ -76,7 +79,12 @@ def test_a_prompt_without_tokens_gets_the_bias_of_each_head(config):
     model = build(config)
     hidden, mask = prompts()
     d = model(hidden, torch.zeros_like(mask))
-    torch.testing.assert_close(d, model.bias.sigmoid().expand(4, 3))
+    if config.kind == "mixed":
+        alone = sum(member.bias.sigmoid() for member in model.gated) / len(model.gated)
+        expected = (alone + model.linear.bias.sigmoid()) / 2
+    else:
+        expected = model.bias.sigmoid()
+    torch.testing.assert_close(d, expected.expand(4, 3))
 
 
 def test_every_expert_weighs_its_k_best_tokens_by_their_affinity():
@@ -103,7 +111,7 @@ def test_every_part_learns(config):
         assert weight.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("config", [SMALL, LINEAR, ALONE])
+@pytest.mark.parametrize("config", [SMALL, LINEAR, MIXED, ALONE])
 def test_a_saved_predictor_is_the_same_predictor(tmp_path, config):
     model = build(config)
     predictor.save(model, tmp_path)
@@ -113,7 +121,7 @@ def test_a_saved_predictor_is_the_same_predictor(tmp_path, config):
     torch.testing.assert_close(loaded(*prompts()), model(*prompts()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("config", [SMALL, LINEAR, ALONE])
+@pytest.mark.parametrize("config", [SMALL, LINEAR, MIXED, ALONE])
 def test_the_exported_network_agrees_at_every_size(tmp_path, config):
     model = build(config)
     hidden, mask = prompts(batch=2)

@@ -9,6 +9,7 @@ from cloud_server.training import gated, router
 from cloud_server.training.encoders import Features
 from cloud_server.training.labels import Labels
 from cloud_server.training.loop import Budget
+from cloud_server.training.predictor import MEMBERS
 from cloud_server.training.router import Settings, check, distances, learn
 from edge_agent.routing.pareto import prs
 
@@ -67,7 +68,7 @@ def test_swapping_the_models_mirrors_prs():
     np.testing.assert_allclose(prs(mirrored, UNIFORM), 1 - prs(d, UNIFORM))
 
 
-@pytest.mark.parametrize("predictor", ["gated", "linear"])
+@pytest.mark.parametrize("predictor", ["gated", "linear", "mixed"])
 def test_it_learns_what_a_word_does_to_quality(tmp_path, predictor):
     features, labels, costly = a_world_of_words()
     learned = learn(
@@ -78,6 +79,20 @@ def test_it_learns_what_a_word_does_to_quality(tmp_path, predictor):
     assert learned.d.shape == learned.predict(features).shape == (120, 2)
     predicted = prs(learned.predict(features), labels.weights)[90:]
     assert predicted[costly[90:]].mean() < predicted[~costly[90:]].mean() - 0.15
+
+
+def test_the_mixed_one_says_the_mean_of_the_linear_one_and_of_gated_ones(tmp_path):
+    features, labels, _ = a_world_of_words(prompts=40)
+
+    def predict(predictor, seed):
+        return learn(
+            features, labels, labels.weights, np.arange(30), seed,
+            settings=Settings(predictor), work=tmp_path, budget=Budget(steps=5), device="cpu",
+        ).predict(features)  # fmt: skip
+
+    members = np.mean([predict("gated", 2 * MEMBERS + i) for i in range(MEMBERS)], axis=0)
+    expected = (members + predict("linear", 2)) / 2
+    np.testing.assert_allclose(predict("mixed", 2), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("ablation", ["single_gate", "all_tokens", "single_metric"])
@@ -150,13 +165,13 @@ def test_auto_takes_the_linear_one_where_a_sum_over_words_says_it_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_auto_takes_the_gated_one_where_words_count_together(tmp_path):
+def test_auto_takes_the_mixed_one_where_words_count_together(tmp_path):
     features, labels, _ = a_world_of_words(prompts=400, mixed=True, noise=0.01)
     learned = learn(
         features, labels, labels.weights, np.arange(360), 0,
         settings=Settings("auto"), work=tmp_path, budget=Budget(steps=400), device="cpu",
     )  # fmt: skip
-    assert learned.model.config.kind == "gated"
+    assert learned.model.config.kind == "mixed"
 
 
 def test_auto_never_sees_prompts_outside_the_training(tmp_path, monkeypatch):

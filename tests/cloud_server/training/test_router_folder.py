@@ -47,7 +47,7 @@ def train(material, encoder, out, kind="linear"):
     )
 
 
-@pytest.mark.parametrize("kind", ["linear", "gated"])
+@pytest.mark.parametrize("kind", ["linear", "gated", "mixed"])
 def test_the_folder_holds_what_an_export_needs(material, encoder, tmp_path, kind):
     out = tmp_path / "router"
     trained = train(material, encoder, out, kind)
