@@ -91,7 +91,7 @@ def train_starter(
             continue
         default = None if steps else DEFAULT_MINUTES.get(stage, 1.0)
         budget = Budget(steps=steps, minutes=minutes or default)
-        _check_earlier_stages(stage, out, work)
+        _check_earlier_stages(stage, out, work, start)
         click.echo(f"{stage}: on {chosen}, seed {seed}", err=True)
         try:
             run_stage(stage, out, work, eyes, start, budget, seed, chosen)
@@ -112,11 +112,15 @@ def _check_start(start: Path, stages: tuple[str, ...]) -> None:
         )
 
 
-def _check_earlier_stages(stage: str, out: Path, work: Path) -> None:
+def _check_earlier_stages(stage: str, out: Path, work: Path, start: Path | None) -> None:
+    diffusion = {
+        "clip": out / "clip" / CLIP_WEIGHTS,
+        "autoencoder": start / "vae" if start else work / "autoencoder",
+    }
     needed = {
         "clip": {"tokenizer": out / "clip" / "tokenizer.json"},
-        "cloud": {"clip": out / "clip" / CLIP_WEIGHTS, "autoencoder": work / "autoencoder"},
-        "edge": {"clip": out / "clip" / CLIP_WEIGHTS, "autoencoder": work / "autoencoder"},
+        "cloud": diffusion,
+        "edge": diffusion,
         "distil": {"edge": work / "edge", "cloud": out / "cloud"},
         "decoder": {"distil": out / "edge"},
         "router": {"distil": out / "edge", "cloud": out / "cloud"},

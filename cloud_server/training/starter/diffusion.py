@@ -165,12 +165,12 @@ def train_diffusion(
     """Train the `edge` or `cloud` model, from `start`'s weights on if given, and save it.
 
     As diffusers folders: the cloud model goes to `starter/cloud`, the edge model, which `distil`
-    goes on with, to `work/edge`. Needs the stages clip and autoencoder. A sheet of samples goes to
-    `work/<name>.png`.
+    goes on with, to `work/edge`. Needs the stages clip and, without `start`, autoencoder. A sheet
+    of samples goes to `work/<name>.png`.
     """
     torch.manual_seed(seed)
     size = SIZES[name]
-    parts = Parts(starter, work / "autoencoder", device)
+    parts = Parts(starter, start / "vae" if start else work / "autoencoder", device)
     latents, captions, objects = cached_latents(parts.vae, work, seed, device)
     latents = latents.to(device)
     weights = torch.tensor(size.emphasis)[torch.from_numpy(objects) - 1].to(device)

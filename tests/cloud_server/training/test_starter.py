@@ -113,7 +113,6 @@ def test_a_model_is_trained_on_from_where_it_stands(trained, tmp_path, monkeypat
     monkeypatch.setitem(diffusion.SCENES, "cpu", 64)
     monkeypatch.setitem(diffusion.BATCH, "cpu", 8)
     shutil.copytree(trained / "out" / "clip", tmp_path / "out" / "clip")
-    shutil.copytree(trained / "work" / "autoencoder", tmp_path / "work" / "autoencoder")
     folders = ["-o", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     start = ["--start", str(trained / "out" / "cloud"), "--steps", "1", "--seed", "7"]
     run = CliRunner().invoke(train_starter, ["cloud", *folders, *start], catch_exceptions=False)
