@@ -23,7 +23,6 @@ from cloud_server.training.labels import Labels
 from cloud_server.training.linear import fit_columns
 from cloud_server.training.loop import Budget
 from cloud_server.training.predictor import (
-    KINDS,
     MEMBERS,
     AnyPredictor,
     LinearPredictor,
@@ -40,7 +39,6 @@ Rows = NDArray[np.int64]
 BATCH = 256
 LEAST_PROMPTS = 10
 INNER_FOLDS = 5
-PREDICTORS = ("auto", *KINDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,18 +105,18 @@ def _check_start(start: Path, stages: tuple[str, ...]) -> None:
             f"--start is for one stage, cloud or edge, not for {', '.join(stages) or 'all'}; "
             "name that stage alone"
         )
-    if not (start / "unet" / "config.json").is_file():
-        raise click.ClickException(
-            f"--start {start} holds no unet/config.json; name a model's folder, such as "
-            f"models/starter/{stages[0]}"
-        )
+    for part in ("unet", "vae"):
+        if not (start / part / "config.json").is_file():
+            raise click.ClickException(
+                f"--start {start} holds no {part}/config.json; name a model's folder, such as "
+                f"models/starter/{stages[0]}"
+            )
 
 
 def _check_earlier_stages(stage: str, out: Path, work: Path, start: Path | None) -> None:
-    diffusion = {
-        "clip": out / "clip" / CLIP_WEIGHTS,
-        "autoencoder": start / "vae" if start else work / "autoencoder",
-    }
+    diffusion = {"clip": out / "clip" / CLIP_WEIGHTS}
+    if not start:  # which brings its own
+        diffusion["autoencoder"] = work / "autoencoder"
     needed = {
         "clip": {"tokenizer": out / "clip" / "tokenizer.json"},
         "cloud": diffusion,
