@@ -163,7 +163,7 @@ def distances(labels: Labels, training: Rows) -> tuple[Floats, float, Floats]:
 
     Qualities are averaged over seeds first: D of an average is less noisy than an average of D.
     """
-    q_edge, q_cloud = labels.q.mean(axis=2)
+    q_edge, q_cloud = labels.mean
     mu_edge, mu_cloud = q_edge[training].mean(0), q_cloud[training].mean(0)
     gamma = fit_gamma(q_edge[training], q_cloud[training], mu_edge, mu_cloud)
     d = quality_distance(q_edge, q_cloud, mu_edge, mu_cloud, gamma)
@@ -190,7 +190,7 @@ def _fit_linear(
     What a prompt does not tell of a gap pulls the expected D towards 1/2: for a Gaussian rest of
     variance v the sigmoid of x / sqrt(1 + pi v / 8) is close to it (MacKay 1992, equation 10).
     """
-    q_edge, q_cloud = labels.q.mean(axis=2)
+    q_edge, q_cloud = labels.mean
     count = q_edge.shape[1]
     columns = np.concatenate([q_edge, q_cloud, *([] if related is None else [related])], axis=1)
     inputs = pooled(features.hidden[training], features.mask[training]).double().numpy()
@@ -217,16 +217,18 @@ def check(labels: Labels) -> None:
             f"there are labels of {prompts} prompt{'s' * (prompts != 1)} only, and training needs "
             f"{LEAST_PROMPTS} at least, better hundreds; label more prompts"
         )
-    if not np.isfinite(labels.q).all():
-        model, prompt, _, metric = np.argwhere(~np.isfinite(labels.q))[0]
+    bad = ~np.isfinite(labels.q)
+    bad &= (labels.drawn | ~labels.drawn.any(1, keepdims=True))[:, :, None]
+    if bad.any():
+        model, prompt, _, metric = np.argwhere(bad)[0]
         raise DataError(
             f"the quality of the {('edge', 'cloud')[model]}'s picture of "
             f"{labels.prompts[prompt]!r} on {labels.metrics[metric]} is not a number; label it "
             "again or leave the prompt out"
         )
     for name, q in zip(labels.metrics, np.moveaxis(labels.q, -1, 0), strict=True):
-        if q.min() < 0 or q.max() > 1:
-            worst = q.max() if q.max() > 1 else q.min()
+        if (low := np.nanmin(q)) < 0 or (high := np.nanmax(q)) > 1:
+            worst = low if low < 0 else high
             raise DataError(
                 f"the metric {name} has the value {worst:g}, but qualities lie between 0 and 1; "
                 "scale it first"

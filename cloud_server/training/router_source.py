@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 _OPTIONS = (
-    click.option("--labels", type=_FILE, help="What cloud-server label wrote."),
+    click.option(
+        "--labels",
+        type=_FILE,
+        multiple=True,
+        help="What cloud-server label wrote; may be repeated for more prompts of the same pair.",
+    ),
     click.option(
         "--scores",
         type=_FILE,
@@ -41,7 +46,7 @@ _OPTIONS = (
 class Source:
     """The options that `source_options` adds to a command, as they were given."""
 
-    labels: Path | None
+    labels: tuple[Path, ...]
     scores: Path | None
     edge_model: str | None
     cloud_model: str | None
@@ -65,16 +70,16 @@ class Source:
         from cloud_server.training.labels import read_for_training, read_prompts
         from cloud_server.training.router_folder import Material
 
-        if (self.labels is None) == (self.scores is None):
+        if bool(self.labels) == bool(self.scores):
             raise ConfigError("give either --labels FILE or --scores FILE")
         fresh = read_prompts(calibration) if calibration else []
-        if self.labels is not None:
+        if self.labels:
             if self.edge_model or self.cloud_model or self.metrics:
                 raise ConfigError(
                     "--edge-model, --cloud-model and --metric choose from --scores; labels are of "
                     "one pair already"
                 )
-            return _fresh_only(Material(read_for_training(self.labels), fresh))
+            return _fresh_only(Material(read_for_training(*self.labels), fresh))
         assert self.scores is not None
         if not (self.edge_model and self.cloud_model):
             raise ConfigError("--scores needs --edge-model and --cloud-model, two of its models")

@@ -204,12 +204,20 @@ def _check(
 def _plan(
     labels: Labels, judged: int | None, seeds: int, folds: int | None, repeats: int, seed: int
 ) -> Plan:
+    import numpy as np
+
     from cloud_server.training.evaluation.splits import SMALL, cross_validation, held_out
 
-    many = len(labels.prompts) >= SMALL
-    if judged or (many and not folds):
-        return held_out(labels.prompts, judged or len(labels.prompts) // 3, seeds, seed)
-    return cross_validation(labels.prompts, folds or 5, repeats, seed)
+    # A prompt that lacks seeds which others have is too noisy to judge by.
+    among = np.flatnonzero(labels.drawn.all(1))
+    if len(among) < 2:
+        raise DataError(
+            "no two prompts of these labels have every seed, so none can be judged; pass the file "
+            "with most seeds alone, or label with the same"
+        )
+    if judged or (len(among) >= SMALL and not folds):
+        return held_out(labels.prompts, judged or len(among) // 3, seeds, seed, among)
+    return cross_validation(labels.prompts, folds or 5, repeats, seed, among)
 
 
 def _models(labels: Labels) -> list[dict[str, Any]]:

@@ -49,37 +49,57 @@ def groups(prompts: Sequence[str]) -> Rows:
     return np.array(alike, np.int64)
 
 
-def cross_validation(prompts: Sequence[str], folds: int, repeats: int, seed: int) -> Plan:
-    """Return a plan that judges every prompt by a router that never saw it, `repeats` times."""
+def cross_validation(
+    prompts: Sequence[str], folds: int, repeats: int, seed: int, among: Rows | None = None
+) -> Plan:
+    """Return a plan that judges prompts by a router that never saw them, `repeats` times.
+
+    Only the rows in `among` (ascending; all, if None) are judged; the others are learnt from.
+    """
     alike = groups(prompts)
-    if len(set(alike.tolist())) < folds:
+    among = np.arange(len(prompts)) if among is None else among
+    several = len(np.unique(alike[among]))
+    if several < folds:
         raise ConfigError(
             f"{folds} folds need at least as many different prompts, and there are "
-            f"{len(set(alike.tolist()))}; pass a smaller --folds or label more prompts"
+            f"{several}; pass a smaller --folds or label more prompts"
         )
-    rows = np.arange(len(prompts))
     runs = []
     for repeat in range(repeats):
         splitter = GroupKFold(folds, shuffle=True, random_state=seed + repeat)
-        parts = splitter.split(rows, groups=alike)
-        runs.append(tuple(Fold(a, b, seed + repeat) for a, b in parts))
+        parts = splitter.split(among, groups=alike[among])
+        judged = [among[b] for _, b in parts]
+        runs.append(tuple(Fold(_others(alike, rows), rows, seed + repeat) for rows in judged))
     text = f"{folds}-fold cross-validation over prompts, {repeats} repeats"
-    return Plan(tuple(runs), rows, text)
+    return Plan(tuple(runs), among, text)
 
 
-def held_out(prompts: Sequence[str], judged: int, seeds: int, seed: int) -> Plan:
-    """Return a plan that keeps `judged` prompts (or a few less) from `seeds` trainings."""
+def held_out(
+    prompts: Sequence[str], judged: int, seeds: int, seed: int, among: Rows | None = None
+) -> Plan:
+    """Return a plan that keeps `judged` prompts (or a few less) from `seeds` trainings.
+
+    They are of the rows in `among` (ascending; all, if None).
+    """
     alike = groups(prompts)
-    if not 2 <= judged <= len(prompts) - 2:
+    among = np.arange(len(prompts)) if among is None else among
+    most = min(len(among), len(prompts) - 2)
+    if not 2 <= judged <= most:
         raise ConfigError(
             f"of {len(prompts)} prompts {judged} cannot be held out; --held-out takes a number "
-            f"from 2 to {len(prompts) - 2}, and some prompts must be left to learn from"
+            f"from 2 to {most}, and some prompts must be left to learn from"
         )
-    order = np.random.default_rng(seed).permutation(alike.max() + 1)
-    sizes = np.bincount(alike)[order].cumsum()
-    rows = np.flatnonzero(np.isin(alike, order[sizes <= judged]))
-    training = np.setdiff1d(np.arange(len(prompts)), rows)
+    kinds, sizes = np.unique(alike[among], return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(kinds))
+    chosen = kinds[order[sizes[order].cumsum() <= judged]]
+    rows = among[np.isin(alike[among], chosen)]
+    training = _others(alike, rows)
     runs = tuple((Fold(training, rows, seed + i),) for i in range(seeds))
     again = f", {seeds} training seeds" if seeds > 1 else ""
     text = f"{len(rows)} held-out prompts, {len(training)} to learn from{again}"
     return Plan(runs, rows, text)
+
+
+def _others(alike: Rows, rows: Rows) -> Rows:
+    """Return the rows of prompts that are like none in `rows`."""
+    return np.flatnonzero(~np.isin(alike, alike[rows]))

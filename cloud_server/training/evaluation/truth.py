@@ -31,7 +31,7 @@ class Truth:
     @classmethod
     def of(cls, labels: Labels, weights: Floats, rows: Rows) -> Truth:
         """Return the truth of some prompts, in units of their own gaps."""
-        edge, cloud = labels.q[:, rows].mean(2)
+        edge, cloud = labels.mean[:, rows]
         return cls(edge, cloud, weights, dataset_gaps(edge.mean(0), cloud.mean(0)))
 
     @property

@@ -3,7 +3,7 @@
 from cloud_server.training.labels.label import label
 from cloud_server.training.labels.painters import KeptPainter, Painter, PipelinePainter
 from cloud_server.training.labels.prompts import Prompt, read_prompts, sample_prompts
-from cloud_server.training.labels.table import Labels, read, read_for_training, write
+from cloud_server.training.labels.table import Labels, join, read, read_for_training, write
 
 __all__ = [
     "KeptPainter",
@@ -11,6 +11,7 @@ __all__ = [
     "Painter",
     "PipelinePainter",
     "Prompt",
+    "join",
     "label",
     "read",
     "read_for_training",

@@ -7,10 +7,11 @@ seven digits; the schema's metadata say with which models, CLIP and texts it was
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _INDEX = ("model", "prompt", "seed")
 class Labels:
     """Qualities `q` (model, prompt, seed, metric), models in the order edge, cloud.
 
+    Where several labels were joined, a prompt has NaN for the seeds that it was not drawn with.
     `digest` tells these labels from those of other models, prompts, seeds or metrics. `described`
     has the text and weight of every metric, and `origin` what can be put in JSON of the models,
     the CLIP and the versions; both are empty where nobody knows.
@@ -46,6 +48,17 @@ class Labels:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def drawn(self) -> NDArray[np.bool_]:
+        """Which prompt was drawn with which seed, (prompt, seed)."""
+        return np.asarray(np.isfinite(self.q).any((0, 3)))
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Qualities (model, prompt, metric), averaged over the seeds that a prompt has."""
+        drawn = self.drawn[:, :, None]
+        return np.asarray(np.where(drawn, self.q, 0.0).sum(2) / drawn.sum(1), np.float64)
+
+    @property
     def weights(self) -> NDArray[np.float64]:
         """The weights (k,) of the metrics in a PRS, which sum to 1; equal where nobody knows."""
         known = [metric.weight for metric in self.described] or [1.0] * self.q.shape[-1]
@@ -55,13 +68,16 @@ class Labels:
         """Raise DataError where nothing can be learnt: one prompt, or a metric without news."""
         if len(self.prompts) < 2:
             raise DataError("these labels have one prompt only; label two or more to train on them")
-        for name, q in zip(self.metrics, np.moveaxis(self.q, -1, 0), strict=True):
-            if np.ptp(q) == 0:
+        every = zip(
+            self.metrics, *(np.moveaxis(q, -1, 0) for q in (self.q, self.mean)), strict=True
+        )
+        for name, q, (edge, cloud) in every:
+            if np.nanmin(q) == np.nanmax(q):
                 raise DataError(
-                    f"metric {name!r} is {q.flat[0]:g} for every picture, so there is nothing to "
-                    "learn from it; leave it out of the metrics or correct its texts"
+                    f"metric {name!r} is {np.nanmin(q):g} for every picture, so there is nothing "
+                    "to learn from it; leave it out of the metrics or correct its texts"
                 )
-            if np.ptp(q[0].mean(-1) - q[1].mean(-1)) == 0:
+            if np.ptp(edge - cloud) == 0:
                 raise DataError(
                     f"edge and cloud differ by the same on metric {name!r} for every prompt; are "
                     "they one model?"
@@ -135,6 +151,37 @@ def read(file: Path) -> Labels:
     return Labels(q[order].reshape(shape), prompts, seeds, names, digest, described, origin)
 
 
+def join(parts: Sequence[Labels]) -> Labels:
+    """Return labels of the same models on different prompts as one.
+
+    A prompt that stands in several is taken from the first of them. Raises DataError for labels
+    of other models, or that were scored otherwise.
+    """
+    first, *others = parts
+    if not others:
+        return first
+    for part in others:
+        for what in ("models", "scorer"):
+            if part.origin.get(what) != first.origin.get(what):
+                raise DataError(f"labels of other {what} cannot be joined; label again with one")
+        if part.described != first.described or part.metrics != first.metrics:
+            raise DataError("labels of other metrics cannot be joined; label again with the same")
+    seeds = sorted({seed for part in parts for seed in part.seeds})
+    prompts: list[str] = []
+    q = []
+    for part in parts:
+        known = set(prompts)
+        rows = [row for row, prompt in enumerate(part.prompts) if prompt not in known]
+        padded = np.full((len(MODELS), len(rows), len(seeds), len(first.metrics)), np.nan)
+        padded[:, :, np.searchsorted(seeds, part.seeds)] = part.q[:, rows]
+        q.append(padded)
+        prompts += [part.prompts[row] for row in rows]
+    digest = hashlib.sha256(json.dumps([part.digest for part in parts]).encode()).hexdigest()[:24]
+    return replace(
+        first, q=np.concatenate(q, 1), prompts=tuple(prompts), seeds=tuple(seeds), digest=digest
+    )
+
+
 def _qualities(
     table: pa.Table, names: tuple[str, ...], rows: list[tuple[str, str, int]], file: Path
 ) -> NDArray[np.float64]:
@@ -154,13 +201,17 @@ def _qualities(
     return q
 
 
-def read_for_training(file: Path) -> Labels:
-    """Read labels that something can be learnt from. Raises DataError, also where nothing can."""
-    labels = read(file)
+def read_for_training(*files: Path) -> Labels:
+    """Read labels that something can be learnt from, joined where there are several files.
+
+    Raises DataError, also where nothing can be learnt or the files do not go together.
+    """
     try:
+        labels = join([read(file) for file in files])
         labels.check_trainable()
     except DataError as error:
-        raise DataError(f"{file}: {error}") from error
+        where = ", ".join(map(str, files))
+        raise DataError(str(error) if where in str(error) else f"{where}: {error}") from error
     return labels
 
 

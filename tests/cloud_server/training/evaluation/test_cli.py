@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 
 from cloud_server.cli import main
 from cloud_server.training.evaluation.pictures import Kept
-from cloud_server.training.labels import Labels, sample_prompts, write
+from cloud_server.training.labels import Labels, read, sample_prompts, write
 from tests.made_up import METRICS, make_world
 from tests.tiny import make_pipeline, make_router
 
@@ -115,6 +117,26 @@ def test_labels_are_held_out_judged_otherwise_and_shown(labels, encoder, tmp_pat
     text = page.read_text(encoding="utf-8")
     assert text.count("data:image/png;base64,") == 2 * len(report["regrets"])
     assert "edge@eeeeeeeeeeee on the device" in text
+
+
+def test_more_labels_with_fewer_seeds_are_learnt_from_and_not_judged(labels, encoder, tmp_path):
+    known, numbers = read(labels / "labels.parquet"), tmp_path / "numbers.json"
+    prompts = tuple(prompt.text for prompt in sample_prompts(80, 1))
+    made = make_world(prompts=80, seeds=1).labels
+    write(replace(known, q=made.q, prompts=prompts, seeds=(0,)), tmp_path / "more.parquet")
+    files = ("--labels", labels / "labels.parquet", "--labels", tmp_path / "more.parquet")
+    usual = ("--text-encoder", encoder, "--predictor", "linear", "--threads", 1, "--no-ablations")
+    result = run(*files, *usual, "--held-out", 20, "--work", tmp_path, "--json", numbers)
+    assert result.exit_code == 0, result.output
+    plan = json.loads(numbers.read_text(encoding="utf-8"))["plan"]
+    both = {*known.prompts, *prompts}
+    assert (plan["judged"], plan["prompts"], plan["seeds"]) == (20, len(both), 2)
+    assert int(re.search(r"(\d+) to learn", plan["description"])[1]) > 40
+
+    write(replace(known, q=made.q, prompts=prompts, seeds=(7,)), tmp_path / "more.parquet")
+    result = run(*files, *usual)
+    assert result.exit_code == 1
+    assert "no two prompts of these labels have every seed" in said(result.stderr)
 
 
 def test_a_router_that_is_there_is_not_trained(labels, encoder, tmp_path):

@@ -54,3 +54,14 @@ def test_both_sides_need_prompts(judged):
 def test_folds_need_different_prompts():
     with pytest.raises(ConfigError, match="5 folds need at least as many different prompts"):
         cross_validation(["a cat", "A cat!", "a dog"], 5, 1, 0)
+
+
+@pytest.mark.parametrize("make", [cross_validation, held_out], ids=["cv", "held"])
+def test_only_those_among_which_is_chosen_are_judged_and_the_others_learnt_from(make):
+    alike, among = groups(PROMPTS), np.arange(0, 60, 2)
+    plan = make(PROMPTS, 10, 2, 0, among)
+    assert set(plan.rows) <= set(among)
+    for fold in (fold for run in plan.runs for fold in run):
+        left = ~np.isin(alike, alike[fold.judged])
+        np.testing.assert_array_equal(fold.training, np.flatnonzero(left))
+        assert len(set(fold.training) - set(among))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cloud_server.errors import DataError
-from cloud_server.training.labels import Labels, read, read_for_training, write
+from cloud_server.training.labels import Labels, join, read, read_for_training, write
 from cloud_server.training.quality import Metric
 
 METRICS = (Metric("Sharp", "Sharp photo", "Blurry photo", 0.25), Metric("Bold", "a", "b", 0.75))
@@ -190,3 +191,28 @@ def test_training_refuses_labels_that_teach_nothing(tmp_path, labels, told):
 
 def test_training_takes_labels_that_teach_something(file):
     assert read_for_training(file).q.shape == (2, 4, 3, 2)
+
+
+def test_more_prompts_with_fewer_seeds_are_joined():
+    labels = made_up()
+    prompts = (labels.prompts[1], "new", "newer")
+    more = replace(made_up(prompts=3, seeds=1), prompts=prompts, digest="def")
+    both = join([labels, more])
+    assert both.prompts == (*labels.prompts, "new", "newer")
+    assert both.drawn.tolist() == [[True] * 3] * 4 + [[True, False, False]] * 2
+    np.testing.assert_allclose(both.mean[:, :4], labels.q.mean(2))
+    np.testing.assert_array_equal(both.mean[:, 4:], more.q[:, 1:, 0])
+    assert len({labels.digest, more.digest, both.digest}) == 3
+    assert join([labels]) is labels
+
+
+def test_labels_of_other_models_or_metrics_are_not_joined(tmp_path):
+    others = {
+        "models": replace(made_up(), origin={"models": {"edge": {"digest": "other"}}}),
+        "metrics": replace(made_up(), described=METRICS[::-1]),
+    }
+    write(made_up(), tmp_path / "one.parquet")
+    for what, other in others.items():
+        write(other, tmp_path / "two.parquet")
+        with pytest.raises(DataError, match=rf"two\.parquet: labels of other {what} cannot be"):
+            read_for_training(tmp_path / "one.parquet", tmp_path / "two.parquet")
