@@ -18,6 +18,7 @@ import torch
 
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.predictor import KINDS, PredictorConfig, build
+from cloud_server.training.router import MEMBERS
 from cloud_server.training.towers import ClipTower
 from export import components
 from export.lowering import lower
@@ -69,7 +70,9 @@ def decisions(
         lower(traced, folder / "int8" / "model.onnx", INT8)
         predictors = {}
         for kind in KINDS:
-            model = build(PredictorConfig(tower.width, METRICS, kind=kind)).eval()
+            members = MEMBERS if kind == "mixed" else 1
+            config = PredictorConfig(tower.width, METRICS, kind=kind, members=members)
+            model = build(config).eval()
             file = folder / f"{kind}.onnx"
             components.predictor(model, tower.context_length).trace(file)
             predictors[kind] = open_session(file)

@@ -20,7 +20,8 @@ from cloud_server.training.predictor import Predictor, PredictorConfig
 from edge_agent.routing.pareto import prs
 
 BATCH = 64
-MAX_EPOCHS, MIN_STEPS = 40, 200  # after more, some hundred prompts are learnt by heart
+# After more epochs some hundred prompts are learnt by heart, and after more steps ten thousand.
+MAX_EPOCHS, MIN_STEPS, MAX_STEPS = 40, 200, 1250
 RATE, WEIGHT_DECAY, AVERAGE, WARM_UP = 1e-3, 0.1, 0.98, 50
 PRS_LOSS = 4.0  # against the cross-entropy of the metrics
 
@@ -45,7 +46,7 @@ def fit_gated(
     config = PredictorConfig(width=features.hidden.shape[-1], experts=d.shape[1], **sizes)
     if config.single_metric:
         d = np.repeat(prs(d, weights)[:, None], d.shape[1], axis=1)
-    most = max(MIN_STEPS, MAX_EPOCHS * len(training) // BATCH)
+    most = min(max(MIN_STEPS, MAX_EPOCHS * len(training) // BATCH), MAX_STEPS)
     budget = replace(budget, steps=min(budget.steps or most, most))
     labels, w = torch.from_numpy(d).float(), torch.from_numpy(weights).float().to(device)
     with torch.random.fork_rng(devices=[]):

@@ -10,7 +10,7 @@ the device cannot tell them apart.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -20,15 +20,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-MEMBERS = 3  # gated networks in a mixed one
-
 
 @dataclass(frozen=True, slots=True)
 class PredictorConfig:
     """Sizes: d `width`, k `experts` (one a metric), h `hidden`, l `low_rank`, K `top_k` tokens.
 
-    `kind` is gated, linear or mixed; a linear one has no other sizes than d and k. The last three
-    take one idea of the paper away each, for its ablations.
+    `kind` is gated, linear or mixed; a linear one has no other sizes than d and k, a mixed one
+    usually several gated `members`, m. The last three take one idea of the paper away each, for
+    its ablations.
     """
 
     width: int = 192
@@ -38,6 +37,7 @@ class PredictorConfig:
     top_k: int = 4
     dropout: float = 0.1
     kind: str = "gated"
+    members: int = 1
     single_gate: bool = False  # no G-: nothing can count against a token
     all_tokens: bool = False  # no token selection: every token reaches every expert
     single_metric: bool = False  # one expert and head on PRS, its answer repeated k times
@@ -52,62 +52,69 @@ class PredictorConfig:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
-class Gate(nn.Module):
-    """Each expert picks the K tokens it has most affinity with; the affinity is their weight."""
-
-    def __init__(self, config: PredictorConfig, experts: int) -> None:
-        super().__init__()
-        self.top_k = None if config.all_tokens else config.top_k
-        self.embeddings = nn.Parameter(torch.randn(experts, config.width) * 0.05)  # E
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        logits = tokens @ self.embeddings.T
-        # An expert without rivals would want every token alike, so it gets a neutral one.
-        affinity = logits.softmax(-1) if logits.shape[-1] > 1 else logits.sigmoid()
-        affinity = affinity * mask[..., None]  # A  (B, n, k)
-        if self.top_k is None:
-            return affinity
-        enough = F.pad(affinity, (0, 0, 0, self.top_k))  # a prompt may have fewer tokens than K
-        best = enough.topk(self.top_k, dim=1).values  # (B, K, k)
-        return affinity * (affinity >= best[:, -1:])
-
-
 class Predictor(nn.Module):
-    """Token selection, positive and negative gate, factorised experts, contrast, one head each."""
+    """Token selection, positive and negative gate, factorised experts, contrast, one head each.
+
+    Of several `members`, each as if it were alone, the mean is taken: networks of different seeds
+    err differently (Lakshminarayanan et al. 2017). All of them are computed in the same products.
+    """
 
     def __init__(self, config: PredictorConfig) -> None:
         super().__init__()
-        k = 1 if config.single_metric else config.experts
+        m, k = config.members, 1 if config.single_metric else config.experts
         d, h, rank = config.width, config.hidden, config.low_rank
-        self.config = config
-        self.norm, self.dropout = nn.LayerNorm(d), nn.Dropout(config.dropout)
-        self.gate_plus = Gate(config, k)
-        self.project_plus = nn.Parameter(torch.randn(k, d, rank) * d**-0.5)  # P+
-        if not config.single_gate:
-            self.gate_minus = Gate(config, k)
-            self.project_minus = nn.Parameter(torch.randn(k, d, rank) * d**-0.5)  # P-
-        self.scoring = nn.Parameter(torch.randn(k, rank, h) * rank**-0.5)  # S, shared by both
-        self.heads = nn.Parameter(torch.randn(k, h) * h**-0.5)
-        self.bias = nn.Parameter(torch.zeros(k))
+        signs = 1 if config.single_gate else 2  # G+, G-
+        self.config, self.dropout = config, nn.Dropout(config.dropout)
+        self.gates = nn.Parameter(torch.randn(d, m, signs, k) * 0.05)  # E
+        self.project = nn.Parameter(torch.randn(d, m, signs, k, rank) * d**-0.5)  # P+, P-
+        self.scoring = nn.Parameter(torch.randn(m, k, rank, h) * rank**-0.5)  # S, shared by both
+        self.heads = nn.Parameter(torch.randn(m, k, h) * h**-0.5)
+        self.bias = nn.Parameter(torch.zeros(m, k))
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        tokens = self.dropout(self.norm(hidden))  # T  (B, n, d)
-        picked = self.gate_plus(tokens, mask)  # G+  (B, n, k)
-        contrast = self._experts(tokens, picked, self.project_plus)  # T+  (B, n, h)
-        if not self.config.single_gate:
-            minus = self.gate_minus(tokens, mask)  # G-
-            contrast = contrast - self._experts(tokens, minus, self.project_minus)  # T+ - T-
-            picked = picked + minus
+        # No gain and shift of the norm's own: gates and projections absorb the first.
+        tokens = self.dropout(F.layer_norm(hidden, hidden.shape[-1:]))  # T  (B, n, d)
+        picked = self.gate(tokens, mask)  # G  (B, n, m, s, k)
+        low = _times(tokens, self.project) * picked[..., None]  # (B, n, m, s, k, l)
+        # S is shared, so the contrast of tokens, T+ - T-, is that of what stands before S.
+        low = low[..., 0, :, :] - low[..., 1, :, :] if low.shape[3] == 2 else low[..., 0, :, :]
+        contrast = low.flatten(3).transpose(1, 2) @ self.scoring.flatten(1, 2)  # (B, m, n, h)
         contrast = contrast.sigmoid() - 0.5  # neutral tokens at 0 rather than at 1/2
-        share = picked / picked.sum(1, keepdim=True).clamp_min(1e-6)
-        pooled = torch.einsum("bnk,bnh->bkh", share, contrast)
-        d = ((self.dropout(pooled) * self.heads).sum(-1) + self.bias).sigmoid()
-        return d.expand(-1, self.config.experts)
+        picked = picked.sum(3)
+        share = picked / picked.sum(1, keepdim=True).clamp_min(1e-6)  # (B, n, m, k)
+        pooled = self.dropout(share.permute(0, 2, 3, 1) @ contrast)  # (B, m, k, h)
+        d = ((pooled * self.heads).sum(-1) + self.bias).sigmoid()  # (B, m, k)
+        return d.mean(1).expand(-1, self.config.experts)
 
-    def _experts(self, tokens: Tensor, gate: Tensor, project: Tensor) -> Tensor:
-        """Sum over the experts that picked a token: gate * T P_i S_i."""
-        low = torch.einsum("bnd,kdl->bnkl", tokens, project) * gate[..., None]
-        return torch.einsum("bnkl,klh->bnh", low, self.scoring)
+    def gate(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Return G (B, n, m, s, k): an expert's affinity to its K best tokens, else 0."""
+        logits = _times(tokens, self.gates)
+        # An expert without rivals would want every token alike, so it gets a neutral one.
+        affinity = logits.softmax(-1) if logits.shape[-1] > 1 else logits.sigmoid()
+        affinity = affinity * mask[..., None, None, None]  # A
+        if self.config.all_tokens:
+            return affinity
+        k = self.config.top_k
+        enough = F.pad(affinity.flatten(2), (0, 0, 0, k))  # a prompt may have fewer tokens than K
+        least = enough.topk(k, dim=1).values[:, -1:].unflatten(2, affinity.shape[2:])
+        return affinity * (affinity >= least)
+
+    @classmethod
+    def joined(cls, predictors: Sequence[Self]) -> Self:
+        """Return predictors of the same sizes as the members of one."""
+        config = predictors[0].config
+        joined = cls(replace(config, members=sum(each.config.members for each in predictors)))
+        states = [each.state_dict() for each in predictors]
+        axis = {"gates": 1, "project": 1}
+        joined.load_state_dict(
+            {name: torch.cat([s[name] for s in states], axis.get(name, 0)) for name in states[0]}
+        )
+        return joined.eval()
+
+
+def _times(tokens: Tensor, weights: Tensor) -> Tensor:
+    """Return tokens (B, n, d) times weights (d, ...), as (B, n, ...), in one product."""
+    return (tokens @ weights.flatten(1)).unflatten(-1, weights.shape[1:])
 
 
 class LinearPredictor(nn.Module):
@@ -124,22 +131,16 @@ class LinearPredictor(nn.Module):
 
 
 class MixedPredictor(nn.Module):
-    """The mean of the linear one's D and of what gated ones of several seeds say in the mean.
-
-    Gated networks of different seeds err differently, and all of them otherwise than the linear
-    one, so that their mean is nearer than any (Lakshminarayanan et al. 2017).
-    """
+    """The mean of a linear D and of what gated networks say, which err otherwise."""
 
     def __init__(self, config: PredictorConfig) -> None:
         super().__init__()
         self.config = config
-        gated = replace(config, kind="gated")
-        self.gated = nn.ModuleList(Predictor(gated) for _ in range(MEMBERS))
+        self.gated = Predictor(replace(config, kind="gated"))
         self.linear = LinearPredictor(replace(config, kind="linear"))
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        said = torch.stack([member(hidden, mask) for member in self.gated]).mean(0)
-        return 0.5 * (said + self.linear(hidden, mask))
+        return 0.5 * (self.gated(hidden, mask) + self.linear(hidden, mask))
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:

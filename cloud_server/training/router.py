@@ -23,7 +23,6 @@ from cloud_server.training.labels import Labels
 from cloud_server.training.linear import fit_columns
 from cloud_server.training.loop import Budget
 from cloud_server.training.predictor import (
-    MEMBERS,
     AnyPredictor,
     LinearPredictor,
     MixedPredictor,
@@ -39,6 +38,7 @@ Rows = NDArray[np.int64]
 BATCH = 256
 LEAST_PROMPTS = 10
 INNER_FOLDS = 5
+MEMBERS = 3  # gated networks in a mixed predictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +171,10 @@ def distances(labels: Labels, training: Rows) -> tuple[Floats, float, Floats]:
 
 
 def _mixed(members: Sequence[Predictor], linear: LinearPredictor) -> MixedPredictor:
-    model = MixedPredictor(replace(members[0].config, kind="mixed"))
-    for place, member in zip((*model.gated, model.linear), (*members, linear), strict=True):
-        place.load_state_dict(member.state_dict())
+    gated = Predictor.joined(members)
+    model = MixedPredictor(replace(gated.config, kind="mixed"))
+    model.gated.load_state_dict(gated.state_dict())
+    model.linear.load_state_dict(linear.state_dict())
     return model.eval()
 
 

@@ -161,9 +161,10 @@ def join(parts: Sequence[Labels]) -> Labels:
     if not others:
         return first
     for part in others:
-        for what in ("models", "scorer"):
-            if part.origin.get(what) != first.origin.get(what):
-                raise DataError(f"labels of other {what} cannot be joined; label again with one")
+        if part.origin.get("models") != first.origin.get("models"):
+            raise DataError("labels of other models cannot be joined; label again with the same")
+        if _judge(part) != _judge(first):
+            raise DataError("labels by another CLIP cannot be joined; label again with the same")
         if part.described != first.described or part.metrics != first.metrics:
             raise DataError("labels of other metrics cannot be joined; label again with the same")
     seeds = sorted({seed for part in parts for seed in part.seeds})
@@ -180,6 +181,13 @@ def join(parts: Sequence[Labels]) -> Labels:
     return replace(
         first, q=np.concatenate(q, 1), prompts=tuple(prompts), seeds=tuple(seeds), digest=digest
     )
+
+
+def _judge(labels: Labels) -> dict[str, Any]:
+    """Return what scored the pictures, but for which prompts alignment compared theirs with."""
+    scorer = dict(labels.origin.get("scorer", {}))
+    alignment = scorer.get("alignment") or {}
+    return scorer | {"alignment": {k: v for k, v in alignment.items() if k != "seed"}}
 
 
 def _qualities(

@@ -63,8 +63,13 @@ def test_they_do_not_say_where_they_were_trained():
 
 
 def test_the_labels_and_the_router_are_of_these_models():
-    labels = read_for_training(starter_folder().with_name("labels.parquet"))
-    assert labels.q.shape == (2, 3000, 4, 11)
+    names = ("labels.parquet", "labels-wide.parquet")
+    labels = read_for_training(*(starter_folder().with_name(name) for name in names))
+    seeds = labels.drawn.sum(1)
+    assert (seeds[:3000] == 4).all()
+    assert (seeds[3000:] == 1).all()
+    assert len(seeds) > 12_000
+    assert len(labels.metrics) == 11
     digests = {side: folder_digest(starter_folder() / side) for side in ("edge", "cloud", "clip")}
     for side in ("edge", "cloud"):
         assert labels.origin["models"][side]["digest"] == digests[side]

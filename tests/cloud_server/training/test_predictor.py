@@ -9,17 +9,24 @@ import pytest
 import torch
 
 from cloud_server.training import predictor
-from cloud_server.training.predictor import Gate, LinearPredictor, Predictor, PredictorConfig
+from cloud_server.training.predictor import (
+    LinearPredictor,
+    MixedPredictor,
+    Predictor,
+    PredictorConfig,
+)
 
 SMALL = PredictorConfig(width=16, experts=3, hidden=8, low_rank=4, top_k=2)
 
 
 LINEAR = PredictorConfig(width=16, experts=3, kind="linear")
-MIXED = replace(SMALL, kind="mixed")
+SEVERAL = replace(SMALL, members=3)
+MIXED = replace(SEVERAL, kind="mixed")
 ALONE = replace(SMALL, single_gate=True, all_tokens=True, single_metric=True)
 EVERY = {
     "full": SMALL,
     "linear": LINEAR,
+    "several": SEVERAL,
     "mixed": MIXED,
     "single gate": replace(SMALL, single_gate=True),
     "all tokens": replace(SMALL, all_tokens=True),
@@ -80,22 +87,23 @@ def test_a_prompt_without_tokens_gets_the_bias_of_each_head(config):
     hidden, mask = prompts()
     d = model(hidden, torch.zeros_like(mask))
     if config.kind == "mixed":
-        alone = sum(member.bias.sigmoid() for member in model.gated) / len(model.gated)
-        expected = (alone + model.linear.bias.sigmoid()) / 2
-    else:
+        expected = (model.gated.bias.sigmoid().mean(0) + model.linear.bias.sigmoid()) / 2
+    elif config.kind == "linear":
         expected = model.bias.sigmoid()
+    else:
+        expected = model.bias.sigmoid().mean(0)
     torch.testing.assert_close(d, expected.expand(4, 3))
 
 
 def test_every_expert_weighs_its_k_best_tokens_by_their_affinity():
     torch.manual_seed(0)
-    gate = Gate(SMALL, SMALL.experts)
+    model = build()
     tokens, mask = (
         torch.randn(2, 7, 16),
         torch.tensor([[0, 1, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0]]),
     )
-    weights = gate(tokens, mask.float())
-    affinity = (tokens @ gate.embeddings.T).softmax(-1)
+    weights = model.gate(tokens, mask.float())[:, :, 0, 0]
+    affinity = (tokens @ model.gates[:, 0, 0]).softmax(-1)
     assert ((weights[0] > 0).sum(0) == SMALL.top_k).all()
     best = affinity[0, 1:6].topk(SMALL.top_k, dim=0).values
     torch.testing.assert_close(weights[0].sort(dim=0, descending=True).values[: SMALL.top_k], best)
@@ -149,20 +157,49 @@ def test_the_exported_network_agrees_at_every_size(tmp_path, config):
 
 def test_without_token_selection_every_word_reaches_every_expert():
     hidden, mask = prompts()
-    weights = Gate(EVERY["all tokens"], 3)(hidden, mask)
-    assert ((weights > 0).all(-1) == (mask > 0)).all()
+    weights = build(EVERY["all tokens"]).gate(hidden, mask)
+    assert ((weights > 0).all(-1).all(-1).all(-1) == (mask > 0)).all()
 
 
 def test_an_expert_alone_still_chooses_among_tokens():
     torch.manual_seed(0)
-    weights = Gate(SMALL, 1)(torch.randn(2, 7, 16), torch.ones(2, 7))
+    alone = build(EVERY["single metric"])
+    weights = alone.gate(torch.randn(2, 7, 16), torch.ones(2, 7))
     assert ((weights > 0).sum(1) == SMALL.top_k).all()
 
 
-def test_a_single_gate_has_fewer_parameters_and_no_negative_side():
-    names = dict(build(EVERY["single gate"]).named_parameters())
-    assert "gate_plus.embeddings" in names
-    assert not any("minus" in name for name in names)
+def test_a_single_gate_has_no_negative_side():
+    model = build(EVERY["single gate"])
+    assert model.gates.shape == (16, 1, 1, 3)
+    assert model.project.shape == (16, 1, 1, 3, 4)
+    assert (model.gate(*prompts()) >= 0).all()
+
+
+def test_what_counts_against_a_token_is_taken_away():
+    model = build()
+    with torch.no_grad():
+        model.gates[:, :, 1] = model.gates[:, :, 0]
+        model.project[:, :, 1] = model.project[:, :, 0]
+    expected = model.bias.sigmoid().expand(4, 3)
+    torch.testing.assert_close(model(*prompts()), expected, msg="no contrast is left")
+
+
+def test_joined_predictors_say_what_they_say_in_the_mean():
+    several = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        several.append(Predictor(SMALL).eval())
+    joined = Predictor.joined(several)
+    assert joined.config == SEVERAL
+    mean = torch.stack([model(*prompts()) for model in several]).mean(0)
+    torch.testing.assert_close(joined(*prompts()), mean)
+
+
+def test_a_mixed_one_is_half_linear_and_half_gated():
+    model = build(MIXED)
+    assert isinstance(model, MixedPredictor)
+    mean = (model.gated(*prompts()) + model.linear(*prompts())) / 2
+    torch.testing.assert_close(model(*prompts()), mean)
 
 
 def test_a_single_metric_gives_every_metric_the_same_answer():

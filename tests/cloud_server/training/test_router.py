@@ -9,8 +9,7 @@ from cloud_server.training import gated, router
 from cloud_server.training.encoders import Features
 from cloud_server.training.labels import Labels
 from cloud_server.training.loop import Budget
-from cloud_server.training.predictor import MEMBERS
-from cloud_server.training.router import Settings, check, distances, learn
+from cloud_server.training.router import MEMBERS, Settings, check, distances, learn
 from edge_agent.routing.pareto import prs
 
 UNIFORM = np.full(10, 0.1)

@@ -193,10 +193,18 @@ def test_training_takes_labels_that_teach_something(file):
     assert read_for_training(file).q.shape == (2, 4, 3, 2)
 
 
+def compared_with(seed):
+    """Return an origin in which alignment drew its distractors with a seed."""
+    return {**made_up().origin, "scorer": {"digest": "c", "alignment": {"seed": seed}}}
+
+
 def test_more_prompts_with_fewer_seeds_are_joined():
     labels = made_up()
+    labels = replace(labels, origin=compared_with(0))
     prompts = (labels.prompts[1], "new", "newer")
-    more = replace(made_up(prompts=3, seeds=1), prompts=prompts, digest="def")
+    more = replace(
+        made_up(prompts=3, seeds=1), prompts=prompts, digest="def", origin=compared_with(1)
+    )
     both = join([labels, more])
     assert both.prompts == (*labels.prompts, "new", "newer")
     assert both.drawn.tolist() == [[True] * 3] * 4 + [[True, False, False]] * 2
@@ -207,12 +215,14 @@ def test_more_prompts_with_fewer_seeds_are_joined():
 
 
 def test_labels_of_other_models_or_metrics_are_not_joined(tmp_path):
+    known = made_up().origin
     others = {
-        "models": replace(made_up(), origin={"models": {"edge": {"digest": "other"}}}),
-        "metrics": replace(made_up(), described=METRICS[::-1]),
+        "of other models": replace(made_up(), origin={"models": {"edge": {"digest": "other"}}}),
+        "of other metrics": replace(made_up(), described=METRICS[::-1]),
+        "by another CLIP": replace(made_up(), origin={**known, "scorer": {"digest": "other"}}),
     }
     write(made_up(), tmp_path / "one.parquet")
     for what, other in others.items():
         write(other, tmp_path / "two.parquet")
-        with pytest.raises(DataError, match=rf"two\.parquet: labels of other {what} cannot be"):
+        with pytest.raises(DataError, match=rf"two\.parquet: labels {what} cannot be"):
             read_for_training(tmp_path / "one.parquet", tmp_path / "two.parquet")
