@@ -165,9 +165,11 @@ def build(config: PredictorConfig) -> AnyPredictor:
 
 
 def save(model: AnyPredictor, folder: Path) -> None:
-    """Write predictor.safetensors and config.json."""
+    """Write predictor.safetensors, in half precision, and config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.contiguous().cpu() for name, weight in model.state_dict().items()}
+    weights = {
+        name: weight.half().contiguous().cpu() for name, weight in model.state_dict().items()
+    }
     save_file(weights, folder / "predictor.safetensors")
     (folder / "config.json").write_text(model.config.to_json(), encoding="utf-8")
 

@@ -89,6 +89,7 @@ def train_router(
         device=device,
         related=material.related,
     )
+    learned.model.half().float()  # as its file keeps it
     predicted = prs(learned.predict(features), weights)
     fresh = predicted[count:] if material.calibration else predicted[held_out]
     trained = Trained(

@@ -121,7 +121,7 @@ def test_every_part_learns(config):
 
 @pytest.mark.parametrize("config", [SMALL, LINEAR, MIXED, ALONE])
 def test_a_saved_predictor_is_the_same_predictor(tmp_path, config):
-    model = build(config)
+    model = build(config).half().float()
     predictor.save(model, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"predictor.safetensors", "config.json"}
     loaded = predictor.load(tmp_path)
