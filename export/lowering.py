@@ -125,9 +125,16 @@ def _feeding_waves(proto: ModelProto) -> set[str]:
 
 def _to_int8(folded: Path, lowered: Path) -> None:
     """Quantise matrix products: weights once by column, activations as they come."""
+    products = _products_only(folded)
+    graph = onnx.load(products, load_external_data=False).graph
+    stacked = {weight.name for weight in graph.initializer if len(weight.dims) > 2}
     quantize_dynamic(
-        _products_only(folded),
+        products,
         lowered,
+        # onnxruntime takes no scale by column for a stack of matrices.
+        nodes_to_exclude=[
+            n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] in stacked
+        ],
         op_types_to_quantize=["MatMul"],  # onnxruntime has no fast kernel for convolutions
         weight_type=QuantType.QInt8,
         per_channel=True,
