@@ -150,13 +150,13 @@ def _decision(agent: EdgeAgent, starter: Path, threads: int) -> Row:
 
 
 def _full_size(threads: int) -> list[Row]:
-    from benchmarks.decision import METRICS, VIT_L_14, decisions
-    from cloud_server.training.predictor import KINDS, PredictorConfig, build
+    from benchmarks.decision import VIT_L_14, decisions, sizes_of
+    from cloud_server.training.predictor import KINDS, build
 
     words = [len(prompt.split()) for prompt in PROMPTS]
     bars = {"fp32": ("", ""), "int8": ("p50 30 ms", "paper: 64.5 ms")}
     for kind in KINDS:
-        size = build(PredictorConfig(int(VIT_L_14["hidden_size"]), METRICS, kind=kind))
+        size = build(sizes_of(kind, VIT_L_14["hidden_size"]))
         parameters = sum(weight.numel() for weight in size.parameters())
         bars[kind] = ("1 ms", f"{parameters / 1e6:.1f} M parameters, of at most 10 M")
     with decisions(VIT_L_14, words, threads) as all_of_them:

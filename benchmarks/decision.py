@@ -44,6 +44,12 @@ VIT_L_14: dict[str, Any] = {
 METRICS = 11
 
 
+def sizes_of(kind: str, width: int) -> PredictorConfig:
+    """Return the sizes of a predictor of a kind, for states of `width` numbers."""
+    members = MEMBERS if kind == "mixed" else 1
+    return PredictorConfig(width, METRICS, kind=kind, members=members)
+
+
 @contextmanager
 def decisions(
     sizes: dict[str, Any], words: Sequence[int], threads: int
@@ -70,9 +76,7 @@ def decisions(
         lower(traced, folder / "int8" / "model.onnx", INT8)
         predictors = {}
         for kind in KINDS:
-            members = MEMBERS if kind == "mixed" else 1
-            config = PredictorConfig(tower.width, METRICS, kind=kind, members=members)
-            model = build(config).eval()
+            model = build(sizes_of(kind, tower.width)).eval()
             file = folder / f"{kind}.onnx"
             components.predictor(model, tower.context_length).trace(file)
             predictors[kind] = open_session(file)

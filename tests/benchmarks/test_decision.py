@@ -27,6 +27,6 @@ def test_every_part_of_a_decision_runs_at_both_precisions():
                 (d,) = work(index)
                 assert d.shape == (1, METRICS)
                 assert ((d > 0) & (d < 1)).all()
-        full, small = (parts[f"{kind} encoder and gated predictor"](1) for kind in ("fp32", "int8"))
+        full, small = (parts[f"{kind} encoder and mixed predictor"](1) for kind in ("fp32", "int8"))
     assert np.abs(full[0] - small[0]).max() < 0.05
     assert not np.array_equal(full[0], small[0])

@@ -14,6 +14,8 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
+from cloud_server.training.predictor import PredictorConfig, build
+from export import components
 from export.loss import as_measured, outputs_psnr_db
 from export.lowering import Unsuited, lower
 from export.network import trace_by_running, trace_symbolically
@@ -131,6 +133,20 @@ def test_int8_quantises_products_and_nothing_else(lowered):
     found = operators(lowered(INT8))
     assert found["DynamicQuantizeMatMul"] + found["MatMulIntegerToFloat"] == 2
     assert found["ConvInteger"] == found["MatMul"] == found["Gemm"] == 0
+
+
+def test_int8_runs_where_matrices_are_stacked(tmp_path):
+    config = PredictorConfig(width=64, experts=3, kind="mixed", members=3)
+    traced, finished = tmp_path / "traced.onnx", tmp_path / "int8" / "model.onnx"
+    torch.manual_seed(0)
+    model = build(config).eval()
+    with quiet():
+        components.predictor(model, 16).trace(traced)
+    lower(traced, finished, INT8)
+    hidden, mask = torch.randn(1, 9, 64), torch.ones(1, 9)
+    (d,) = open_plainly(finished).run(None, {"hidden": hidden.numpy(), "mask": mask.numpy()})
+    np.testing.assert_allclose(d, model(hidden, mask).detach().numpy(), atol=0.01)
+    assert "MatMul" in operators(finished)
 
 
 def test_int8_leaves_processors_without_vnni_room(lowered):
