@@ -181,7 +181,7 @@ def _coreml(cache: Path | None) -> dict[str, str]:
 def engine_of(provider: Provider) -> str:
     """Return everything with a version that compiled networks and measurements depend on."""
     if provider.base == Provider.OPENVINO:
-        return f"openvino {openvino.version()}"
+        return f"openvino {openvino.version()}, form {openvino.FORM}"
     engine = f"onnxruntime {ort.__version__}"
     return f"{engine}, TensorRT {_tensorrt_version()}" if provider is Provider.TENSORRT else engine
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_agent.errors import BundleError, Cancelled, GenerationError
 from edge_agent.runtime.checked import psnr_db
-from edge_agent.runtime.openvino import OpenVinoSession
+from edge_agent.runtime.openvino import LEAST_KEYS, OpenVinoSession
 from edge_agent.runtime.session import Session
 from edge_agent.types import Cancellation, Provider
 from export.optimise import optimise
@@ -78,6 +78,27 @@ def test_what_the_export_fuses_is_read_rightly(tmp_path: Path, activation: str) 
     feeds = {"x": rng.standard_normal((8, 8))}
     session = OpenVinoSession(file, threads=1, f32=True)
     assert psnr_db(Session(file, threads=1, optimized=True).run(feeds), session.run(feeds)) > 100
+
+
+@pytest.mark.parametrize("width", [40, 64])
+def test_narrow_heads_are_filled_up_and_answer_the_same(tmp_path: Path, width: int) -> None:
+    heads, keys = 2, LEAST_KEYS
+    settings = {"num_heads": heads, "scale": width**-0.5, "domain": "com.microsoft"}
+    node = helper.make_node("MultiHeadAttention", ["x", "y", "z"], ["mixed"], **settings)
+    shape = (1, keys, heads * width)
+    file = tmp_path / "attention.onnx"
+    values = [helper.make_tensor_value_info(name, 1, shape) for name in ("x", "y", "z", "mixed")]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph([node], "attention", values[:3], values[3:])
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), file)
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal(shape, np.float32) for name in ("x", "y", "z")}
+    session = OpenVinoSession(file, threads=1, f32=True)
+    np.testing.assert_allclose(
+        session.run(feeds)[0], Session(file, threads=1).run(feeds)[0], atol=1e-5
+    )
+    nodes = [op.get_friendly_name() for op in session._compiled.get_runtime_model().get_ops()]
+    assert any("Pad" in name for name in nodes) == (width == 40)
 
 
 @pytest.fixture
