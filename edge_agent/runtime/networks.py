@@ -186,6 +186,7 @@ class Networks:
                 f32=provider is Provider.OPENVINO_F32,
                 shapes=shapes,
                 compiled=self._kept(part, provider, shapes).with_suffix(".blob"),
+                halved=self._kept(part, Provider.OPENVINO, None).with_suffix(".xml"),
             )
         return Session(
             file,

@@ -1,7 +1,8 @@
 """A network in OpenVINO, which reads the same files as onnxruntime and has its own engine.
 
 On x86 processors with bfloat16 it computes in that unless told otherwise. What it compiles is kept
-in a cache folder without the weights, which stay in the bundle: about a megabyte a network.
+in a cache folder without the weights: about a megabyte a network. The weights stay in the bundle;
+of large networks that compute in 16 bits there is a copy beside, one for all sizes, in 16 bits too.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from functools import cache as once
 from pathlib import Path
@@ -33,10 +37,14 @@ if TYPE_CHECKING:
     import openvino
 
 DEVICE = "CPU"
-FORM = 2  # raise when networks are compiled into something else, so that nothing older is taken
-# Its attention takes 1.3 times as long by heads of 40 values as by heads of 64, and 1.2 times by
-# heads of 80 as by 96. Where there are few keys that is less than what widening costs.
+FORM = 3  # raise when networks are compiled into something else, so that nothing older is taken
+# With AMX its attention takes 1.3 times as long by heads of 40 values as by heads of 64, and 1.2
+# times by heads of 80 as by 96. Where there are few keys that is less than what widening costs.
 HEAD_MULTIPLE, LEAST_KEYS = 32, 256
+# Weights of so many bytes are worth a second file: half of the reading at each start, and of the
+# memory. Smaller networks open in a fraction of a second as they are.
+LEAST_HALVED = 256 << 20
+UNUSED_DAYS = 30  # after which such a file goes, when another is written
 
 
 @once
@@ -71,8 +79,10 @@ class OpenVinoSession:
 
     `f32` computes in 32 bits where the device would take fewer. `shapes` fixes the inputs' sizes.
     `compiled` is the file where the compiled network is kept: its name must stand for the model's
-    digest, versions, device, threads and shapes. Raises BundleError when the network cannot be
-    compiled, GenerationError when memory runs out.
+    digest, versions, device, threads and shapes. `halved` is the file, ending in .xml, where a
+    large network is kept with weights of 16 bits if it computes in 16 bits: its name must stand
+    for the model's digest and versions. Raises BundleError when the network cannot be compiled,
+    GenerationError when memory runs out.
     """
 
     def __init__(
@@ -83,6 +93,7 @@ class OpenVinoSession:
         f32: bool = False,
         shapes: Shapes | None = None,
         compiled: Path | None = None,
+        halved: Path | None = None,
     ) -> None:
         self.path = path
         config: dict[str, Any] = {
@@ -93,12 +104,17 @@ class OpenVinoSession:
         if f32:
             config["INFERENCE_PRECISION_HINT"] = "f32"
         try:
-            self._compiled = _read(path, compiled, config)
+            in_16_bits = not f32 and _computes_in_16_bits()
+            source = _halve(path, halved) if halved is not None and in_16_bits else path
+            if compiled is not None and source != path:
+                compiled = compiled.with_suffix(".half.blob")  # it points into other weights
+            self._compiled = _read(source, compiled, config)
             if self._compiled is None:
-                model = _core().read_model(path)
+                model = _core().read_model(source)
                 if shapes is not None:
                     model.reshape({name: list(shape) for name, shape in shapes.items()})
-                _widen_heads(model)
+                if _multiplies_by_tiles(in_16_bits):
+                    _widen_heads(model)
                 self._compiled = _core().compile_model(model, DEVICE, config)
                 _write(self._compiled, compiled)
         except (RuntimeError, MemoryError) as err:
@@ -159,6 +175,22 @@ class OpenVinoSession:
                 )
 
 
+@once
+def _computes_in_16_bits() -> bool:
+    precision = _core().get_property(DEVICE, "INFERENCE_PRECISION_HINT")
+    return str(precision.get_type_name()) in ("bf16", "f16")
+
+
+@once
+def _multiplies_by_tiles(in_16_bits: bool) -> bool:
+    try:
+        return in_16_bits and "amx_bf16" in Path("/proc/cpuinfo").read_text(
+            encoding="utf-8", errors="replace"
+        )
+    except OSError:  # no Linux: heads stay as they are, which is slower by some percent
+        return False
+
+
 def _fits(shape: tuple[int, ...], wanted: openvino.PartialShape) -> bool:
     return len(wanted) == len(shape) and all(
         each.is_dynamic or each.get_length() == size
@@ -196,11 +228,58 @@ def _widen_heads(model: openvino.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
+def _halve(path: Path, halved: Path) -> Path:
+    """Return `halved`, written if it is not there, or `path` where that brings nothing.
+
+    Weights that 16-bit floats cannot hold stay in 32 bits. Nothing is written to a disk that would
+    have less than the 32-bit weights left.
+    """
+    import openvino
+
+    weights, copy = _weights(path), _weights(halved)
+    try:
+        if not weights.is_file() or weights.stat().st_size < LEAST_HALVED:
+            return path
+        if halved.is_file() and copy.is_file():
+            for file in (halved, copy):
+                os.utime(file)  # it was used
+            return halved
+        halved.parent.mkdir(parents=True, exist_ok=True)
+        _prune(halved.parent)
+        if shutil.disk_usage(halved.parent).free < 2 * weights.stat().st_size:
+            return path
+        with tempfile.TemporaryDirectory(dir=halved.parent, suffix=".partial") as folder:
+            new = Path(folder) / halved.name
+            openvino.save_model(_core().read_model(path), new, compress_to_fp16=True)
+            _core().read_model(new)  # which finds out if not all could be written
+            _weights(new).replace(copy)
+            new.replace(halved)
+    except (OSError, RuntimeError):
+        return path  # as it is without a cache
+    return halved
+
+
+def _prune(folder: Path) -> None:
+    """Delete halved networks that no start has used for long, and what a kill left half-written."""
+    for found in folder.iterdir():
+        if found.suffix not in (".xml", ".bin", ".partial"):
+            continue
+        with contextlib.suppress(OSError):
+            if time.time() - found.stat().st_mtime > UNUSED_DAYS * 86400:
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+
+def _weights(path: Path) -> Path:
+    """Return the file of the weights of a network, in ONNX or in OpenVINO's own format."""
+    own = path.suffix == ".xml"
+    return path.with_suffix(".bin") if own else path.with_name(path.name + ".data")
+
+
 def _read(path: Path, compiled: Path | None, config: Mapping[str, Any]) -> Any:
     """Return the network as it was compiled before, None if it was not or cannot be read."""
     if compiled is None or not compiled.is_file():
         return None
-    weights = path.with_name(path.name + ".data")
+    weights = _weights(path)
     lying = {"WEIGHTS_PATH": str(weights)} if weights.is_file() else {}
     try:
         blob = io.BytesIO(compiled.read_bytes())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_agent.errors import BundleError, Cancelled, GenerationError
+from edge_agent.runtime import openvino
 from edge_agent.runtime.checked import psnr_db
 from edge_agent.runtime.openvino import LEAST_KEYS, OpenVinoSession
 from edge_agent.runtime.session import Session
@@ -81,7 +84,11 @@ def test_what_the_export_fuses_is_read_rightly(tmp_path: Path, activation: str) 
 
 
 @pytest.mark.parametrize("width", [40, 64])
-def test_narrow_heads_are_filled_up_and_answer_the_same(tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize("tiles", [False, True])
+def test_narrow_heads_are_filled_up_and_answer_the_same(
+    tmp_path: Path, width: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino, "_multiplies_by_tiles", lambda in_16_bits: tiles)
     heads, keys = 2, LEAST_KEYS
     settings = {"num_heads": heads, "scale": width**-0.5, "domain": "com.microsoft"}
     node = helper.make_node("MultiHeadAttention", ["x", "y", "z"], ["mixed"], **settings)
@@ -98,7 +105,7 @@ def test_narrow_heads_are_filled_up_and_answer_the_same(tmp_path: Path, width: i
         session.run(feeds)[0], Session(file, threads=1).run(feeds)[0], atol=1e-5
     )
     nodes = [op.get_friendly_name() for op in session._compiled.get_runtime_model().get_ops()]
-    assert any("Pad" in name for name in nodes) == (width == 40)
+    assert any("Pad" in name for name in nodes) == (tiles and width == 40)
 
 
 @pytest.fixture
@@ -140,6 +147,86 @@ def test_a_cache_that_cannot_be_written_is_no_failure(with_weights: Path, tmp_pa
     (tmp_path / "file").write_text("in the way")
     session = OpenVinoSession(with_weights, threads=1, compiled=tmp_path / "file" / "network.blob")
     assert np.isfinite(session.run({"x": np.eye(64)})[0]).all()
+
+
+@pytest.fixture
+def large(with_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`with_weights`, taken for large on a processor that computes in 16 bits."""
+    monkeypatch.setattr(openvino, "LEAST_HALVED", 1)
+    monkeypatch.setattr(openvino, "_computes_in_16_bits", lambda: True)
+    return with_weights
+
+
+def half(large: Path, cache: Path, **options: bool) -> np.ndarray:
+    session = OpenVinoSession(
+        large, threads=1, compiled=cache / "n.blob", halved=cache / "n.xml", **options
+    )
+    return session.run({"x": np.eye(64)})[0]
+
+
+def files(cache: Path) -> list[str]:
+    return sorted(each.name for each in cache.iterdir())
+
+
+def test_a_large_network_is_kept_with_weights_of_16_bits(large: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    wanted = OpenVinoSession(large, threads=1, f32=True).run({"x": np.eye(64)})[0]
+    found = half(large, cache)
+    assert files(cache) == ["n.bin", "n.half.blob", "n.xml"]
+    assert (cache / "n.bin").stat().st_size < 0.6 * wanted.nbytes
+    assert psnr_db(found, wanted) > 40  # bfloat16 or better
+    large.write_bytes(b"no network any more")
+    np.testing.assert_array_equal(half(large, cache), found)  # opens without the bundle's weights
+
+
+def test_in_32_bits_or_when_small_no_weights_are_copied(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half(large, tmp_path / "exact", f32=True)
+    assert files(tmp_path / "exact") == ["n.blob"]
+    monkeypatch.setattr(openvino, "LEAST_HALVED", 1 << 20)
+    half(large, tmp_path / "small")
+    assert files(tmp_path / "small") == ["n.blob"]
+
+
+def test_on_a_disk_without_room_no_weights_are_copied(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=20_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    half(large, tmp_path / "cache")
+    assert files(tmp_path / "cache") == ["n.blob"]
+
+
+def test_a_copy_that_was_not_all_written_is_not_taken(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino as engine
+
+    def short(model: engine.Model, file: Path, **options: bool) -> None:
+        saved(model, file, **options)
+        os.truncate(file.with_suffix(".bin"), 100)
+
+    saved = engine.save_model
+    monkeypatch.setattr(engine, "save_model", short)
+    half(large, tmp_path / "cache")
+    assert files(tmp_path / "cache") == ["n.blob"]
+
+
+def test_copies_that_nothing_used_for_long_are_deleted(large: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    (cache / "killed.partial").mkdir(parents=True)
+    for name in ("old.xml", "old.bin", "old.blob", "new.xml", "new.bin", "killed.partial/old.bin"):
+        (cache / name).write_bytes(b"")
+    for name in ("old.xml", "old.bin", "old.blob", "killed.partial"):
+        os.utime(cache / name, (0, 0))
+    half(large, cache)
+    assert files(cache) == [
+        *("n.bin", "n.half.blob", "n.xml", "new.bin", "new.xml", "old.blob"),  # a blob is small
+    ]
+    os.utime(cache / "n.bin", (0, 0))
+    half(large, cache)
+    assert (cache / "n.bin").stat().st_mtime > 0  # a use is noted
 
 
 @pytest.fixture(scope="module")
