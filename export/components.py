@@ -5,6 +5,7 @@ optimum traces what it knows, AutoencoderKL; torch.onnx traces the rest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,10 +32,11 @@ class _Decoder(nn.Module):
         return self.vae.decode(latent_sample, return_dict=False)[0]
 
 
-def text_encoder(tower: Tower, longest: int) -> Network:
+def text_encoder(tower: Tower, longest: int, calibration: Sequence[Tensor] = ()) -> Network:
     """Token ids (B, n), n up to `longest`, to the tower's outputs: states (B, n, d), pooled (B, d),
 
-    and the states before the last layer where the denoiser reads those.
+    and the states before the last layer where the denoiser reads those. `calibration` are the ids
+    of prompts as people write them.
     """
     rng = torch.Generator().manual_seed(0)
 
@@ -53,7 +55,7 @@ def text_encoder(tower: Tower, longest: int) -> Network:
 
     names, outputs = ("input_ids",), tower.outputs
     samples = [(prompts(1, longest),), (prompts(3, longest),), (prompts(1, longest // 2),)]
-    return Network(tower, names, outputs, trace, samples)
+    return Network(tower, names, outputs, trace, samples, [(ids,) for ids in calibration])
 
 
 def predictor(model: AnyPredictor, context_length: int) -> Network:

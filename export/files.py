@@ -9,7 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx
+from onnxruntime.quantization.onnx_model import ONNXModel
+
 from export.errors import ExportError
+
+MIN_EXTERNAL_BYTES = 1024  # of a tensor, to lie beside its graph
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -46,3 +51,20 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def save_beside(model: ONNXModel, file: Path) -> None:
+    """Write a model with its weights in a file of their own beside it, so that 2 GB are no limit.
+
+    `file` may be the one that it was read from.
+    """
+    model.topological_sort()
+    beside = f"{file.name}.data"
+    file.with_name(beside).unlink(missing_ok=True)  # onnx would write behind what is there
+    onnx.save_model(
+        model.model,
+        file,
+        save_as_external_data=True,
+        location=beside,
+        size_threshold=MIN_EXTERNAL_BYTES,
+    )

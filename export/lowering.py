@@ -6,7 +6,7 @@ graph is serialised with its weights inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,20 +18,27 @@ from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
 from export.errors import ExportError
+from export.files import save_beside
 from export.fused import write_standard
-from export.optimise import BASIC, MIN_EXTERNAL_BYTES, optimise
+from export.optimise import BASIC, optimise
 from export.precision import FP16, INT4, INT8
+from export.rounding import Feeds, round_by_use
 
 FLOAT = TensorProto.FLOAT
 INT4_BLOCK = 32  # weights that share a scale
+# Products that int8 leaves as they are: what is rounded first is rounded for all that follow. In a
+# transformer these are the first layer's attention; of a small network, a sixth at most.
+SPARED, SPARED_SHARE = 4, 1 / 6
 
 
 class Unsuited(ExportError):
     """A component that cannot have a precision: it would change nothing, or everything."""
 
 
-def lower(traced: Path, finished: Path, precision: str) -> None:
+def lower(traced: Path, finished: Path, precision: str, calibration: Sequence[Feeds] = ()) -> None:
     """Write `traced` in another precision to `finished`, ready for the device.
+
+    With `calibration`, inputs as they come in use, int8 is rounded by what it is used for.
 
     fp16 keeps 32-bit inputs and outputs and consists of standard operators, for the device to
     optimise for its GPU; the others are optimised for processors. Raises Unsuited.
@@ -47,8 +54,11 @@ def lower(traced: Path, finished: Path, precision: str) -> None:
             standard.unlink()
         else:
             optimise(traced, folded, BASIC)  # so that weights are constants, and types are known
-            _QUANTISERS[precision](folded, lowered)
+            products = _products_only(folded)
+            _QUANTISERS[precision](products, lowered)
             _refuse_unchanged(lowered)
+            if precision == INT8 and calibration:
+                round_by_use(products, lowered, calibration)
             optimise(lowered, finished)
 
 
@@ -81,7 +91,7 @@ def _halve(folded: Path, finished: Path) -> None:
         node_block_list=sorted(_feeding_waves(proto)),
     )
     _tidy(model.graph)
-    _save(ONNXModel(model), finished)
+    save_beside(ONNXModel(model), finished)
 
 
 def _tidy(graph: GraphProto) -> None:
@@ -123,18 +133,17 @@ def _feeding_waves(proto: ModelProto) -> set[str]:
     return found
 
 
-def _to_int8(folded: Path, lowered: Path) -> None:
+def _to_int8(products: Path, lowered: Path) -> None:
     """Quantise matrix products: weights once by column, activations as they come."""
-    products = _products_only(folded)
     graph = onnx.load(products, load_external_data=False).graph
-    stacked = {weight.name for weight in graph.initializer if len(weight.dims) > 2}
+    shapes = {weight.name: weight.dims for weight in graph.initializer}
+    fixed = [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in shapes]
+    # onnxruntime takes no scale by column for a stack of matrices.
+    stacked = [node for node in fixed if len(shapes[node.input[1]]) > 2]
     quantize_dynamic(
         products,
         lowered,
-        # onnxruntime takes no scale by column for a stack of matrices.
-        nodes_to_exclude=[
-            n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] in stacked
-        ],
+        nodes_to_exclude=[node.name for node in (*fixed[: _spared(len(fixed))], *stacked)],
         op_types_to_quantize=["MatMul"],  # onnxruntime has no fast kernel for convolutions
         weight_type=QuantType.QInt8,
         per_channel=True,
@@ -147,11 +156,15 @@ def _to_int8(folded: Path, lowered: Path) -> None:
     )
 
 
-def _to_int4(folded: Path, lowered: Path) -> None:
+def _spared(products: int) -> int:
+    return min(SPARED, int(products * SPARED_SHARE))
+
+
+def _to_int4(products: Path, lowered: Path) -> None:
     """Quantise the weights of matrix products in blocks; activations stay as they are."""
-    quantizer = MatMulNBitsQuantizer(str(_products_only(folded)), block_size=INT4_BLOCK)
+    quantizer = MatMulNBitsQuantizer(str(products), block_size=INT4_BLOCK)
     quantizer.process()
-    _save(quantizer.model, lowered)
+    save_beside(quantizer.model, lowered)
 
 
 _QUANTISERS: dict[str, Callable[[Path, Path], None]] = {INT8: _to_int8, INT4: _to_int4}
@@ -164,7 +177,7 @@ def _products_only(folded: Path) -> Path:
     model.replace_gemm_with_matmul()
     del model.graph().value_info[:]  # of before
     file = folded.with_name("products.onnx")
-    _save(model, file)
+    save_beside(model, file)
     return file
 
 
@@ -172,14 +185,3 @@ def _refuse_unchanged(lowered: Path) -> None:
     nodes = onnx.load(lowered, load_external_data=False).graph.node
     if not any(node.op_type in _QUANTISED for node in nodes):
         raise Unsuited("it has no matrix products with fixed weights")
-
-
-def _save(model: ONNXModel, file: Path) -> None:
-    model.topological_sort()
-    onnx.save_model(
-        model.model,
-        file,
-        save_as_external_data=True,
-        location=f"{file.name}.data",
-        size_threshold=MIN_EXTERNAL_BYTES,
-    )

@@ -94,11 +94,15 @@ def _make(
     tell(STAGES[1])
     finished = {precision: workspace / precision / MODEL for precision in (FP32, *products)}
     optimise(traced, finished[FP32])
+    calibration = [
+        {name: x.numpy() for name, x in zip(network.inputs, each, strict=True)}
+        for each in network.calibration
+    ]
     losses: dict[str, Loss | None] = {FP32: None}
     unsuited = {}
     for precision in [each for each in products if each != FP32]:
         try:
-            lower(traced, finished[precision], precision)
+            lower(traced, finished[precision], precision, calibration)
             losses[precision] = _loss(finished, precision, network)
         except Unsuited as err:
             unsuited[precision] = str(err)

@@ -15,13 +15,17 @@ MAX_BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A torch module with tensors in and out, how to trace it, and inputs to compare it on."""
+    """A torch module with tensors in and out, how to trace it, and inputs to compare it on.
+
+    `calibration` are inputs as they come in use, if any are known, for int8 to be rounded by.
+    """
 
     module: nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     trace: Callable[[Path], None]
     samples: Sequence[tuple[Tensor, ...]]
+    calibration: Sequence[tuple[Tensor, ...]] = ()
 
 
 def trace_symbolically(

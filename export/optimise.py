@@ -11,10 +11,11 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 
+from export.files import MIN_EXTERNAL_BYTES
+
 # Extended and not all: the layouts of the last level depend on this machine's vector width.
 EXTENDED = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 BASIC = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # the same for all providers
-MIN_EXTERNAL_BYTES = 1024
 # OpenVINO reads every activation fused into a Gemm as a ReLU.
 NOT_FOR_ALL = ["GemmActivationFusion"]
 

@@ -14,6 +14,8 @@ import torch
 
 from cloud_server.torchvision_guard import guard
 from cloud_server.training import predictor as predictors
+from cloud_server.training.encoders import TextEncoder
+from cloud_server.training.labels.prompts import sample_prompts
 from export import components, denoisers
 from export.bundle_writer import PREVIEW_DECODER
 from export.files import digest_of
@@ -26,7 +28,9 @@ from export.text import Texts
 guard()
 import diffusers  # noqa: E402  the guard must come first
 
-REVISION = 5  # raise when components come out differently, so that none older is kept
+REVISION = 6  # raise when components come out differently, so that none older is kept
+# Captions that int8 is rounded by: others than its loss is measured on.
+CALIBRATION, CALIBRATION_SEED = 256, 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,11 @@ def parts_of(
         gate = gates.get(name, GATES[metric])
         return Part(name, metric, gate, (digest_of(*sources), shape), load)
 
+    def text_encoder(each: TextEncoder) -> Network:
+        captions = sample_prompts(CALIBRATION, CALIBRATION_SEED)
+        ids = [torch.from_numpy(each.tokenizer.encode(one.text).input_ids) for one in captions]
+        return components.text_encoder(each.tower, each.context_length, ids)
+
     def denoiser() -> Network:
         kind = getattr(diffusers, family.denoiser_class)
         model = kind.from_pretrained(pipeline.folder / family.denoiser, torch_dtype=torch.float32)
@@ -95,7 +104,7 @@ def parts_of(
                 name,
                 "cosine",
                 each.files,
-                partial(components.text_encoder, each.tower, each.context_length),
+                partial(text_encoder, each),
                 (each.name, each.context_length, each.tower.outputs),
             )
             for name, each in texts.encoders.items()

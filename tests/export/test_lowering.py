@@ -135,6 +135,22 @@ def test_int8_quantises_products_and_nothing_else(lowered):
     assert found["ConvInteger"] == found["MatMul"] == found["Gemm"] == 0
 
 
+def test_int8_spares_what_all_that_follows_is_made_of(tmp_path):
+    traced, finished = tmp_path / "traced.onnx", tmp_path / "int8" / "model.onnx"
+    layers = [layer for _ in range(30) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    with quiet():
+        trace_by_running(nn.Sequential(*layers), (torch.randn(2, 64),), traced, ("x",), ("y",), {})
+        lower(traced, finished, INT8)
+    found = [
+        node.op_type
+        for node in onnx.load(finished, load_external_data=False).graph.node
+        if "MatMul" in node.op_type or node.op_type == "Gemm"
+    ]
+    assert [name for name in found[:4] if name in ("MatMul", "Gemm")] == found[:4]
+    assert not {"MatMul", "Gemm"} & set(found[4:])
+    assert len(found) == 30
+
+
 def test_int8_runs_where_matrices_are_stacked(tmp_path):
     config = PredictorConfig(width=64, experts=3, kind="mixed", members=3)
     traced, finished = tmp_path / "traced.onnx", tmp_path / "int8" / "model.onnx"
