@@ -20,6 +20,7 @@ from cloud_server.errors import ModelError
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.iciia.samples import Samples
 from cloud_server.training.loop import Budget, fit
+from cloud_server.training.precision import autocast
 
 guard()
 import timm  # noqa: E402  the guard must come first
@@ -132,7 +133,7 @@ def train_backbone(
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         pictures, labels = samples.lesson(step, BATCH)
-        with torch.autocast(device.partition(":")[0], torch.bfloat16):
+        with autocast(device):
             features = model(torch.from_numpy(pictures).to(device))
             logits = model.classifier(features).float()
         answers = torch.from_numpy(labels).to(device)
@@ -166,9 +167,10 @@ def features_of(backbone: Backbone, samples: Samples, work: Path, device: str) -
     work.mkdir(parents=True, exist_ok=True)
     features = np.empty((len(samples.labels), backbone.width), np.float32)
     backbone.to(device).eval()
-    everything = np.arange(len(features))
+    # Parts as the emoji world draws them: another cut would draw its pictures twice.
+    parts = np.split(np.arange(len(features)), range(256, len(features), 256))
     with torch.inference_mode(), tqdm(total=len(features), desc="features", unit="picture") as bar:
-        for indices in np.array_split(everything, max(1, len(features) // 256)):
+        for indices in parts:
             pictures = torch.from_numpy(samples.draw(indices)).to(device)
             features[indices] = backbone(pictures).float().cpu().numpy()
             bar.update(len(indices))

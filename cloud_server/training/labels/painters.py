@@ -51,8 +51,8 @@ class Painter(Protocol):
 class PipelinePainter:
     """A text-to-image pipeline of diffusers, a folder or a hub id, drawing with its own defaults.
 
-    It draws in bfloat16, as a server on a GPU does; on a CPU that takes half the time. A hub's
-    model is downloaded at once, all are loaded by the first picture. Raises ModelError.
+    It draws in bfloat16, as a server on a GPU does, but on a processor without instructions for it.
+    A hub's model is downloaded at once, all are loaded by the first picture. Raises ModelError.
     """
 
     def __init__(self, model: str | Path, device: str = "cpu") -> None:
@@ -91,6 +91,8 @@ class PipelinePainter:
         """Return a picture per prompt, from noise of the CPU so that devices agree."""
         import torch
 
+        from cloud_server.training.precision import autocast
+
         asked = {
             "width": self.settings["width"],
             "height": self.settings["height"],
@@ -99,9 +101,8 @@ class PipelinePainter:
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         }
         accepted = inspect.signature(self._pipeline.__call__).parameters
-        kind = torch.device(self.device).type
         try:
-            with torch.inference_mode(), torch.autocast(kind, dtype=torch.bfloat16):
+            with torch.inference_mode(), autocast(self.device):
                 drawn = self._pipeline(
                     list(prompts), **{k: v for k, v in asked.items() if k in accepted}
                 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.loop import Budget, Prefetch, fit
+from cloud_server.training.precision import autocast
 from cloud_server.training.starter.scenes import Scene, batches, draw, sample_scene
 
 guard()
@@ -49,7 +50,7 @@ def train_autoencoder(out: Path, work: Path, budget: Budget, seed: int, device: 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         truth = to_tensor(crops(step), device)
         noise = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-        with torch.autocast(kind, dtype=torch.bfloat16):
+        with autocast(kind):
             latents = model.encoder(truth).float()  # (B, 16, 8, 8)
             # Noise teaches the decoder to forgive the small errors of a diffusion model.
             jitter = 0.05 * torch.randn(latents.shape, generator=noise, device=device)

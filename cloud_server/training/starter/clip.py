@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.loop import Budget, Prefetch, fit
+from cloud_server.training.precision import autocast
 from cloud_server.training.starter.autoencoder import to_tensor
 from cloud_server.training.starter.clip_data import METRICS, Batch, make_batch, make_pairs
 from cloud_server.training.starter.clip_model import (
@@ -191,7 +192,7 @@ def train_sides(out: Path, work: Path, budget: Budget, seed: int, device: str) -
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         pictures, *others = data(step)
         tokens, sides = (value.to(device) for value in others)
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(kind, dtype=torch.bfloat16):
+        with sdpa_kernel(SDPBackend.MATH), autocast(kind):
             image = F.normalize(model.encode_image(to_tensor(pictures, device)).float(), dim=-1)
             text = F.normalize(encode_text(model, tokens), dim=-1)
         logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
@@ -265,7 +266,7 @@ def _fit(
         pictures, *others = data(step)
         tokens, goodness, spoiled = (value.to(device) for value in others)
         # On a CPU the fused attention's backward pass takes three quarters of a step.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(kind, dtype=torch.bfloat16):
+        with sdpa_kernel(SDPBackend.MATH), autocast(kind):
             image = F.normalize(model.encode_image(to_tensor(pictures, device)).float(), dim=-1)
             text = F.normalize(encode_text(model, tokens), dim=-1)
             poles = F.normalize(encode_text(model, pairs), dim=-1)

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.loop import Budget, Prefetch, fit
+from cloud_server.training.precision import autocast
 from cloud_server.training.starter.autoencoder import difference, to_tensor
 from cloud_server.training.starter.diffusion import (
     EDGE_DRAWS,
@@ -92,10 +93,10 @@ def tune_decoder(
         pictures, captions = data(step)
         truth = to_tensor(pictures, device)
         rng = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-        with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16):
+        with torch.no_grad(), autocast(kind):
             clean = vae.encoder(truth).float()
         left = left_by_unet(clean, parts.states(parts.tokens(captions)).float(), rng)
-        with torch.autocast(kind, dtype=torch.bfloat16):
+        with autocast(kind):
             drawn = decoder(left.contiguous(memory_format=torch.channels_last)).float()
         ours, true = [*look(drawn), drawn], [*look(truth), truth]
         told = [
@@ -141,7 +142,7 @@ class Eyes(nn.Module):
     def forward(self, pictures: Tensor) -> list[Tensor]:
         eyes = self.backbone
         images = ((pictures + 1) * 127.5 - eyes.mean) / eyes.std
-        with torch.autocast(pictures.device.type, dtype=torch.bfloat16):
+        with autocast(pictures.device):
             maps = eyes.network.forward_intermediates(
                 images.contiguous(memory_format=torch.channels_last), intermediates_only=True
             )

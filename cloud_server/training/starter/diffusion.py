@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.loop import Budget, Prefetch, fit
+from cloud_server.training.precision import autocast
 from cloud_server.training.starter.autoencoder import LATENT_CHANNELS, save_grid, to_tensor
 from cloud_server.training.starter.clip_model import to_transformers
 from cloud_server.training.starter.scenes import batch_at, sample_scene
@@ -307,7 +308,7 @@ def quick(unet: UNet2DConditionModel, kind: str) -> Callable[[Tensor, Tensor, Te
 
     def forward(latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
         latents = latents.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(kind, dtype=torch.bfloat16):
+        with autocast(kind):
             predicted: Tensor = run(latents, times, states, return_dict=False)[0]
         return predicted.float()
 
@@ -332,7 +333,7 @@ class Parts:
     @torch.no_grad()
     def states(self, tokens: Tensor) -> Tensor:
         """Return the token states (B, n, d)."""
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+        with autocast(tokens.device):
             states: Tensor = self.text_encoder(tokens).last_hidden_state
         return states
 
@@ -431,7 +432,7 @@ def cached_latents(
         data = Prefetch(make, device)
         for step in tqdm(range(SCENES[kind] // 64), desc="latents", mininterval=2.0):
             pictures, texts, counts = data(step)
-            with torch.autocast(kind, dtype=torch.bfloat16):
+            with autocast(kind):
                 encoded = vae.encoder(to_tensor(pictures, device))
             latents.append((encoded.float() * vae.config.scaling_factor).half().cpu().numpy())
             captions += texts

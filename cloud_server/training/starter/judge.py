@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from cloud_server.errors import ModelError
 from cloud_server.training.loop import Budget, Prefetch, fit
+from cloud_server.training.precision import autocast
 from cloud_server.training.starter.autoencoder import to_tensor
 from cloud_server.training.starter.degradations import degrade
 from cloud_server.training.starter.reading import Found, Reading, shares
@@ -118,7 +119,7 @@ def train_judge(out: Path, work: Path, budget: Budget, seed: int, device: str) -
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         pictures, objects, places = data(step)
         inputs = to_tensor(pictures, device)
-        with torch.autocast(kind, dtype=torch.bfloat16):
+        with autocast(kind):
             maps, guesses = model(inputs)
         truth = torch.as_tensor(objects).to(device), torch.as_tensor(places).to(device)
         return _loss(maps.float(), guesses.float(), *truth, vocabulary)
