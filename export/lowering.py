@@ -20,9 +20,9 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 from export.errors import ExportError
 from export.files import save_beside
 from export.fused import write_standard
+from export.gptq import Feeds, round_by_use
 from export.optimise import BASIC, optimise
 from export.precision import FP16, INT4, INT8
-from export.rounding import Feeds, round_by_use
 
 FLOAT = TensorProto.FLOAT
 INT4_BLOCK = 32  # weights that share a scale

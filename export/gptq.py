@@ -27,6 +27,7 @@ Feeds = Mapping[str, NDArray]
 DAMPING = 0.01  # of the mean second moment, for inputs that hardly ever vary
 BLOCK = 128  # weights of a column whose errors are handed on together
 MOST_BYTES = 2**30  # of second moments at once
+WIDEST = 4096  # inputs of a product; wider ones, which would take minutes each, stay as they are
 
 
 def round_by_use(products: Path, lowered: Path, calibration: Sequence[Feeds]) -> None:
@@ -41,7 +42,9 @@ def round_by_use(products: Path, lowered: Path, calibration: Sequence[Feeds]) ->
     quantised = [
         node
         for node in full.graph.node
-        if node.op_type == "MatMul" and f"{node.input[1]}_quantized" in integers
+        if node.op_type == "MatMul"
+        and f"{node.input[1]}_quantized" in integers
+        and weights[node.input[1]].dims[0] <= WIDEST
     ]
     for node, moments in _second_moments(full, products, quantised, calibration):
         name = node.input[1]

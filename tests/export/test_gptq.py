@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import rounding
+from export import gptq
+from export.gptq import round_columns
 from export.loss import outputs_psnr_db
 from export.lowering import lower
 from export.network import trace_by_running
 from export.optimise import optimise
 from export.precision import FP32, INT8
 from export.quiet import quiet
-from export.rounding import round_columns
 
 WIDTH, RANK = 192, 24
 MOST = 64
@@ -93,7 +93,7 @@ def test_a_network_rounded_by_use_answers_nearer_however_its_parts_are_made(
         return file
 
     nearest, by_use = written("nearest"), written("by_use", *calibration)
-    monkeypatch.setattr(rounding, "MOST_BYTES", 1)  # one product at a time
+    monkeypatch.setattr(gptq, "MOST_BYTES", 1)  # one product at a time
     again = written("again", *calibration)
 
     def psnr_db(model: Path) -> float:
@@ -102,4 +102,7 @@ def test_a_network_rounded_by_use_answers_nearer_however_its_parts_are_made(
     assert psnr_db(by_use) > psnr_db(nearest) + 1
     weights = [file.with_name("model.onnx.data").read_bytes() for file in (by_use, again)]
     assert weights[0] == weights[1]
-    assert len(weights[0]) == nearest.with_name("model.onnx.data").stat().st_size
+    plain = nearest.with_name("model.onnx.data").read_bytes()
+    assert len(weights[0]) == len(plain)
+    monkeypatch.setattr(gptq, "WIDEST", WIDTH - 1)
+    assert written("too_wide", *calibration).with_name("model.onnx.data").read_bytes() == plain
