@@ -3,8 +3,8 @@
 Rounding every weight to the nearest step makes errors that the inputs of a product, which go
 together, add up. Here each error is made up for by the weights that are still to be rounded, as the
 second moments of the inputs say. The files that onnxruntime quantised keep their scales and
-operators; only integers change. On the starter's text encoder, whose answers decide where to draw,
-that leaves a seventh to a tenth of the squared error, and no shift of the router's scores.
+operators; only integers change. In two products of the starter's text encoder, whose answers
+decide where to draw, a fifth and a tenth of the squared error were left.
 """
 
 from __future__ import annotations
