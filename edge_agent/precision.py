@@ -7,6 +7,7 @@ from edge_agent.errors import BundleError
 from edge_agent.types import Provider
 
 HALF = "fp16"
+W8A8 = "w8a8"  # weights and activations in 8 bits, convolutions too
 
 
 def check_precision(component: Component, provider: Provider) -> None:

@@ -15,16 +15,16 @@ from typing import Any
 
 from cloud_server.training.encoders import TextEncoder
 from cloud_server.training.labels.prompts import sample_prompts
-from edge_agent.bundle import Component
+from edge_agent.bundle import Bundle, Component
 from edge_agent.errors import BundleError
-from export import text
+from export import calibration, text
 from export.bundle_writer import ROUTER_TEXT, SENSITIVITY, BundleWriter, dump
 from export.errors import ExportError, naming
 from export.loss import PICTURES, PROMPTS, PROMPTS_SEED, Exam, judge, judged
-from export.making import STAGES, Made, make
+from export.making import STAGES, UNFUSED, Made, make, with_w8a8
 from export.manifest import manifest
-from export.parts import parts_of
-from export.precision import FP32, PRECISIONS, Precisions, unsuited
+from export.parts import Part, parts_of
+from export.precision import FP32, NOT_DRAWN, PRECISIONS, W8A8, Precisions, drawn, unsuited
 from export.quiet import quiet
 from export.recognizer import RecognizerSource
 from export.sensitivity import report, try_all
@@ -136,6 +136,12 @@ class _Export:
         self._parts = parts_of(job.pipeline, job.router, self._texts, job.recognizer, job.gates)
         names = [part.name for part in self._parts]
         self._precisions = job.precision.of(names, job.pipeline.family.denoiser)
+        self._drawn = drawn(job.pipeline.family.denoiser)
+        calibrated = {
+            name for name in self._drawn if job.sensitivity or self._precisions[name] == W8A8
+        }
+        # Stages between making and measuring: drawing, and one for each that waits for it.
+        self._calibrating = len(calibrated) + bool(calibrated)
         self._lowered = [name for name in names if self._precisions[name] != FP32]
         captions = sample_prompts(PROMPTS, PROMPTS_SEED)
         self._prompts = list(job.prompts) or [caption.text for caption in captions]
@@ -152,7 +158,11 @@ class _Export:
         also: Sequence[str] = PRECISIONS if job.sensitivity else ()
         if self._lowered and losses is None:
             also = also or (FP32,)
-        made, rows = self._make_all(also)
+        made, seconds = self._make_all(also, content)
+        rows = [
+            Row(each.components[self._precisions[name]], seconds[name], each.kept)
+            for name, each in made.items()
+        ]
         reports = []
         if also:
             exam = self._exam(made, content)
@@ -177,44 +187,95 @@ class _Export:
             ]
         return writer.finish([row.component for row in rows], content, reports), rows
 
-    def _make_all(self, also: Sequence[str]) -> tuple[dict[str, Made], list[Row]]:
-        """Make what is shipped, and of the same parts other precisions too."""
-        made, rows = {}, []
+    def _make_all(
+        self, also: Sequence[str], content: Mapping[str, Any]
+    ) -> tuple[dict[str, Made], dict[str, float]]:
+        """Make what is shipped, and of the same parts other precisions too; tell the seconds."""
+        made, seconds = {}, {}
         for i, part in enumerate(self._parts):
             start, precision = self._clock(), self._precisions[part.name]
             others = also if self._job.sensitivity or precision != FP32 else ()
-            products = {precision: part.name}
-            products |= {p: f"{part.name}.{p}" for p in others if p != precision}
+            products = {each: self._product(part, each) for each in (precision, *others)}
+            calibrated = self._calibrated(part, products, content)
 
             def tell(stage: str, name: str = part.name, before: int = i * len(STAGES)) -> None:
                 self._tell(name, stage, before + STAGES.index(stage))
 
             each = make(part, products, self._writer, tell, timed=self._job.sensitivity)
-            if precision in each.unsuited:
-                raise unsuited(part.name, precision, each.unsuited[precision])
-            component = each.components[precision]
-            if component.loss:
-                judge(part.name, precision, component.loss, accept=self._job.accept_loss)
-            made[part.name] = each
-            rows.append(Row(component, self._clock() - start, each.kept))
-        return made, rows
+            each = replace(each, components={**each.components, **calibrated})
+            if W8A8 in also and part.name not in self._drawn:
+                each = replace(each, unsuited={**each.unsuited, W8A8: NOT_DRAWN})
+            made[part.name], seconds[part.name] = each, self._clock() - start
+            self._check(part.name, each)
+        waiting = {name: each for name, each in made.items() if UNFUSED in each.components}
+        if waiting:
+            made |= self._calibrate(waiting, self._reference(made, content), content)
+        return made, seconds
 
-    def _exam(self, made: Mapping[str, Made], content: Mapping[str, Any]) -> Exam:
-        reference = {
+    def _product(self, part: Part, precision: str) -> str:
+        """Return what a component is called in the making: only what is shipped has its name."""
+        shipped = precision == self._precisions[part.name]
+        return part.name if shipped else f"{part.name}.{precision}"
+
+    def _calibrated(
+        self, part: Part, products: dict[str, str], content: Mapping[str, Any]
+    ) -> dict[str, Component]:
+        """Take w8a8 out of `products`: return it if it is there, else put in what it is made of."""
+        name = products.pop(W8A8, None)
+        if name is None or part.name not in self._drawn:
+            return {}
+        if found := self._writer.keep(name, self._source_of_calibrated(part, content)):
+            return {W8A8: found}
+        products |= {each: self._product(part, each) for each in (FP32, UNFUSED)}
+        return {}
+
+    def _calibrate(
+        self, waiting: Mapping[str, Made], reference: Bundle, content: Mapping[str, Any]
+    ) -> dict[str, Made]:
+        """Make w8a8 of what is `waiting`, by what `reference` feeds it while drawing."""
+        stages = len(self._parts) * len(STAGES)
+        self._tell(", ".join(waiting), "draw", stages)
+        # From the last prompt on: losses are measured on pictures of the first.
+        calls = calibration.record(reference, list(waiting), self._prompts[::-1])
+        made: dict[str, Made] = {}
+        for name, each in waiting.items():
+            self._tell(name, "calibrate", stages + 1 + len(made))
+            part = next(part for part in self._parts if part.name == name)
+            product, source = self._product(part, W8A8), self._source_of_calibrated(part, content)
+            made[name] = with_w8a8(each, name, product, source, calls[name], self._writer)
+            if self._precisions[name] == W8A8:
+                self._check(name, made[name])
+        return made
+
+    def _check(self, name: str, made: Made) -> None:
+        """Refuse a part that cannot have its precision, or loses too much by it."""
+        precision = self._precisions[name]
+        if precision in made.unsuited:
+            raise unsuited(name, precision, made.unsuited[precision])
+        component = made.components.get(precision)
+        if component and component.loss:
+            judge(name, precision, component.loss, accept=self._job.accept_loss)
+
+    def _reference(self, made: Mapping[str, Made], content: Mapping[str, Any]) -> Bundle:
+        """Open the bundle in 32 bits, as far as it was made."""
+        components = {
             name: each.components.get(FP32) or each.components[self._precisions[name]]
             for name, each in made.items()
         }
-        bundle = self._writer.preview(reference, content)
+        return self._writer.preview(components, content)
+
+    def _exam(self, made: Mapping[str, Made], content: Mapping[str, Any]) -> Exam:
+        measuring = len(self._parts) * len(STAGES) + self._calibrating
 
         def tell(names: Sequence[str], index: int) -> None:
-            self._tell(", ".join(names), "measure", len(self._parts) * len(STAGES) + index)
+            self._tell(", ".join(names), "measure", measuring + index)
 
-        return Exam(bundle, self._prompts, self._job.pictures, tell)
+        return Exam(self._reference(made, content), self._prompts, self._job.pictures, tell)
 
     def _tell(self, component: str, stage: str, index: int) -> None:
         measuring = len(self._parts) * len(PRECISIONS) if self._job.sensitivity else 0
         measuring = max(measuring, len(self._lowered) + (len(self._lowered) > 1))
-        total = len(self._parts) * len(STAGES) + measuring
+        total = len(self._parts) * len(STAGES) + self._calibrating + measuring
         self._on_stage(Stage(component, stage, index, total))
 
     def _source_of_losses(self, content: Mapping[str, Any]) -> str:
@@ -222,6 +283,12 @@ class _Export:
         components = [part.source(self._precisions[part.name]) for part in self._parts]
         drawn = [content["diffusion"], content["router"], self._prompts, self._job.pictures]
         return hashlib.sha256(json.dumps([components, drawn]).encode()).hexdigest()
+
+    def _source_of_calibrated(self, part: Part, content: Mapping[str, Any]) -> str:
+        """Return a digest of the part and of all that it is fed by when it is calibrated."""
+        feeding = [each.source(FP32) for each in self._parts]
+        told = [part.source(W8A8), feeding, content["diffusion"], self._prompts]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _check_router(job: Job, source: str | Path, encoder: TextEncoder) -> None:

@@ -22,11 +22,11 @@ DONE = "components.json"  # in the partial folder: which components are finished
 MODEL = "model.onnx"
 ROUTER_TEXT = "text_encoder"  # the router's, and the denoiser's where they are one
 DIFFUSION_TEXTS = ("text_encoder_diffusion", "text_encoder_diffusion_2")
-PREVIEW_DECODER = "preview_decoder"
+DECODER, PREVIEW_DECODER = "vae_decoder", "preview_decoder"
 TEXT_ENCODERS = (ROUTER_TEXT, *DIFFUSION_TEXTS)
 RECOGNIZER = ("recognizer_backbone", "recognizer_head", "recognizer_adapted")
-DECODERS = ("vae_decoder", PREVIEW_DECODER)
-COMPONENTS = (*TEXT_ENCODERS, "predictor", "unet", "transformer", *DECODERS, *RECOGNIZER)
+DRAWING = ("unet", "transformer", DECODER, PREVIEW_DECODER)
+COMPONENTS = (*TEXT_ENCODERS, "predictor", *DRAWING, *RECOGNIZER)
 
 
 def tokenizer_file(component: str) -> str:

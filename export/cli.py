@@ -80,7 +80,7 @@ class Precision(click.ParamType):
     metavar="NAME|COMPONENT=NAME,...",
     default="fp32",
     show_default=True,
-    help="fp32, fp16 (GPUs), int8 or int4: of text encoders and denoiser, or by component.",
+    help="fp32, fp16 (GPUs), w8a8 (OpenVINO), int8 or int4: of what bears it, or by component.",
 )
 @click.option("--accept-loss", is_flag=True, help="Write the bundle whatever the precision costs.")
 @click.option(

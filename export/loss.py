@@ -26,7 +26,7 @@ from export.errors import ExportError
 from export.files import link
 from export.lowering import Unsuited, rounding
 from export.parity import MAX_PSNR_DB, open_plainly, psnr_db
-from export.precision import FP16, FP32, INT4, INT8, PRECISIONS, unsuited
+from export.precision import FP16, FP32, INT4, INT8, PRECISIONS, W8A8, unsuited
 
 PROMPTS, PICTURES = 1000, 4
 PROMPTS_SEED = 20  # of the prompts that are taken where none are given
@@ -44,6 +44,7 @@ class Gate:
 
 GATES = {
     FP16: Gate(45.0, 30.0, 0.01),
+    W8A8: Gate(25.0, 20.0, 0.05),
     INT8: Gate(25.0, 20.0, 0.05),
     INT4: Gate(20.0, 15.0, 0.10),
 }

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+import torch
 from torch import Tensor
 
 from edge_agent.bundle import Component, Loss
 from edge_agent.runtime.session import Session
 from export.bundle_writer import MODEL, BundleWriter
+from export.calibration import Calls, quantise
 from export.errors import naming
 from export.loss import outputs_psnr_db
 from export.lowering import Unsuited, lower
 from export.network import Network
-from export.optimise import opset_of, optimise
+from export.optimise import BASIC, opset_of, optimise
 from export.parity import check_parity
 from export.parts import Part
-from export.precision import FP16, FP32
+from export.precision import FP16, FP32, W8A8
 
+# Beside the precisions: in 32 bits and standard operators, to be calibrated when all is there.
+UNFUSED = "unfused"
 STAGES = ("trace", "optimise", "compare")
 CALLS = 5  # timed, after one that is not
 
@@ -76,7 +80,7 @@ def make(
                     sample=network.samples[0],
                 )
                 for precision, component in components.items()
-                if precision != FP16
+                if precision not in (FP16, UNFUSED)
             }
     return Made(components, unsuited, milliseconds, kept=not missing)
 
@@ -101,6 +105,10 @@ def _make(
     losses: dict[str, Loss | None] = {FP32: None}
     unsuited = {}
     for precision in [each for each in products if each != FP32]:
+        if precision == UNFUSED:
+            optimise(traced, finished[precision], BASIC)
+            losses[precision] = None
+            continue
         try:
             lower(traced, finished[precision], precision, calibration)
             losses[precision] = _loss(finished, precision, network)
@@ -115,12 +123,12 @@ def _make(
             name,
             finished[precision].parent,
             opset=opset_of(finished[precision]),
-            precision=precision,
+            precision=FP32 if precision == UNFUSED else precision,
             inputs=network.inputs,
             outputs=network.outputs,
             parity=parity,
             source=part.source(precision),
-            optimized=precision != FP16,
+            optimized=precision not in (FP16, UNFUSED),
             loss=losses[precision],
         )
         for precision, name in products.items()
@@ -128,6 +136,38 @@ def _make(
     }
     writer.discard(workspace)
     return components, unsuited
+
+
+def with_w8a8(
+    made: Made, name: str, product: str, source: str, calls: Calls, writer: BundleWriter
+) -> Made:
+    """Return `made` with component `product`: part `name` in w8a8, of what was made unfused.
+
+    `calls` are what the part is fed while the device draws, `source` a digest of all that decides.
+    """
+    full, unfused = made.components[FP32], made.components[UNFUSED]
+    workspace = writer.workspace(name)
+    finished = workspace / W8A8 / MODEL
+    checks = [tuple(torch.from_numpy(feeds[i]) for i in unfused.inputs) for feeds in calls.checks]
+    try:
+        quantise(writer.partial / unfused.file, finished, calls.calibration)
+        near = outputs_psnr_db(writer.partial / full.file, finished, W8A8, checks)
+    except Unsuited as err:
+        return replace(made, unsuited={**made.unsuited, W8A8: str(err)})
+    component = writer.add(
+        product,
+        finished.parent,
+        opset=opset_of(finished),
+        precision=W8A8,
+        inputs=unfused.inputs,
+        outputs=unfused.outputs,
+        parity=unfused.parity,
+        source=source,
+        optimized=False,
+        loss=Loss(near, picture_psnr_db=None, flips=None, accepted=False),
+    )
+    writer.discard(workspace)
+    return replace(made, components={**made.components, W8A8: component})
 
 
 def _loss(finished: Mapping[str, Path], precision: str, network: Network) -> Loss:

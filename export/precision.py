@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from export.bundle_writer import TEXT_ENCODERS
+from export.bundle_writer import DECODER, TEXT_ENCODERS
 from export.errors import ExportError
 
-FP32, FP16, INT8, INT4 = "fp32", "fp16", "int8", "int4"
-PRECISIONS = (FP32, FP16, INT8, INT4)
+FP32, FP16, W8A8, INT8, INT4 = "fp32", "fp16", "w8a8", "int8", "int4"
+PRECISIONS = (FP32, FP16, W8A8, INT8, INT4)
+NOT_DRAWN = "its ranges are not those of pictures"
 DENOISER = "denoiser"  # in `--precision`: whichever the family has
 
 
@@ -18,7 +19,8 @@ class Precisions:
     """One precision for what holds most weights and bears it, and others by component.
 
     That are the text encoders and the denoiser. Decoders overflow in fp16 in some families and
-    hold convolutions, which are not quantised; the rest is small: those are lowered by name alone.
+    hold convolutions, which int8 and int4 leave; the rest is small: those are lowered by name
+    alone. w8a8 is for what draws, denoiser and decoder, and for nothing else.
     """
 
     usual: str = FP32
@@ -50,9 +52,18 @@ class Precisions:
                 f"--precision names '{unknown[0]}', which this bundle will not have; "
                 f"its components are {', '.join(components)}"
             )
-        suited = {*TEXT_ENCODERS, denoiser}
+        drawing = drawn(denoiser)
+        for name, precision in named.items():
+            if precision == W8A8 and name not in drawing:
+                raise unsuited(name, W8A8, NOT_DRAWN)
+        suited = drawing if self.usual == W8A8 else (*TEXT_ENCODERS, denoiser)
         usual = {name: self.usual if name in suited else FP32 for name in components}
         return usual | named
+
+
+def drawn(denoiser: str) -> tuple[str, str]:
+    """Return the components whose ranges are seen by drawing, as w8a8 needs."""
+    return denoiser, DECODER
 
 
 def unsuited(component: str, precision: str, why: str) -> ExportError:

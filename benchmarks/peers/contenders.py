@@ -43,14 +43,16 @@ Draw = Callable[[int, int], np.ndarray]  # seed, steps -> (H, W, 3) uint8
 
 
 def ours(task: Task, **wanted: str) -> Draw:
-    """The device as a user has it, deciding included; `wanted` are provider and memory."""
+    """The device as a user has it, deciding included; `wanted` as in `--ours`."""
     from edge_agent import EdgeAgent, Request, Route, open_bundle
     from edge_agent.config import resolve
     from edge_agent.errors import ConfigError
 
-    if unknown := set(wanted) - {"provider", "memory"}:
-        raise ConfigError(f"--ours {unknown.pop()}=... is no setting; choose provider or memory")
-    settings = resolve({"bundle": str(task.home / "bundle"), **wanted}, {})
+    if unknown := set(wanted) - {"provider", "memory", "bundle"}:
+        raise ConfigError(
+            f"--ours {unknown.pop()}=... is no setting; choose provider, memory or bundle"
+        )
+    settings = resolve({**wanted, "bundle": str(task.home / wanted.get("bundle", "bundle"))}, {})
     agent = EdgeAgent(
         open_bundle(settings.bundle),
         offline=True,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +16,8 @@ from cloud_server.starter import starter_folder
 
 ROOT = Path(__file__).parents[2]
 # Folders of a pipeline, in the order of making; each is made from those before it.
-PARTS = ("model", "bundle", "optimum")
+BUNDLES = ("bundle", "bundle-w8a8")
+PARTS = ("model", *BUNDLES, "optimum")
 TEXT = "clip-vit-l-14"
 TEXT_PARTS = ("model", "text")
 
@@ -23,22 +25,25 @@ TEXT_PARTS = ("model", "text")
 def prepare(name: str, work: Path, small: bool, wanted: tuple[str, ...]) -> None:
     """Make the folders of pipeline `name` that are `wanted` and not there yet, under `work`.
 
-    `bundle` is the device's, exported again only where it is out of date; `optimum` is what optimum
-    exports, which OpenVINO reads too, with the decoder that it cannot trace.
+    `bundle` is the device's, exported again only where it is out of date, `bundle-w8a8` the same in
+    8 bits; `optimum` is what optimum exports, which OpenVINO reads too, with the decoder that it
+    cannot trace.
     """
     for part in PARTS:
-        done = (work / name / part).is_dir() and part != "bundle"  # export knows what it may keep
-        if part in wanted and not done:
+        exported = "bundle" in part  # export knows what it may keep
+        if part in wanted and (exported or not (work / name / part).is_dir()):
             _in_own_process(part, name, work, small)
 
 
-def prepare_starter(work: Path) -> None:
+def prepare_starter(work: Path, wanted: Collection[str]) -> None:
     """Export the starter models, and lay a link to those that the device's were made of."""
     home = work / "starter"
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "model").is_dir():
         (home / "model").symlink_to(starter_folder() / "edge")
-    _export(home / "bundle")
+    for part in BUNDLES:
+        if part in wanted:
+            _bundle(home, part)
 
 
 def prepare_text(work: Path, small: bool) -> None:
@@ -58,8 +63,8 @@ def main(part: str, name: str, work: Path, small: bool) -> None:
     """Make one folder; it gets its name when it is complete."""
     home = work / name
     home.mkdir(parents=True, exist_ok=True)
-    if part == "bundle":
-        _bundle(home)
+    if part in BUNDLES:
+        _bundle(home, part, "--edge-model", str(home / "model"))
         return
     partial = home / f"{part}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -74,12 +79,14 @@ def main(part: str, name: str, work: Path, small: bool) -> None:
     partial.rename(home / part)
 
 
-def _bundle(home: Path) -> None:
+def _bundle(home: Path, part: str, *options: str) -> None:
     """Export as a user would; decisions are the starter's, made by its own text encoder."""
-    _export(home / "bundle", "--edge-model", str(home / "model"))
-
-
-def _export(bundle: Path, *options: str) -> None:
+    bundle, first = home / part, home / BUNDLES[0]
+    if part != BUNDLES[0]:
+        # Random weights may lose anything by 8 bits.
+        options += ("--precision", "w8a8", "--accept-loss")
+        if first.is_dir() and not bundle.is_dir():  # begin with what both have in common
+            shutil.copytree(first, bundle)
     command = [sys.executable, "-m", "export", *options, "-o", str(bundle)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_agent.bundle import Bundle, Component
 from edge_agent.errors import AgentError, Cancelled
-from edge_agent.precision import check_precision
+from edge_agent.precision import W8A8, check_precision
 from edge_agent.runtime import providers
 from edge_agent.runtime.checked import Checked
 from edge_agent.runtime.network import Backend, Engine, Shapes
@@ -186,7 +186,9 @@ class Networks:
                 f32=provider is Provider.OPENVINO_F32,
                 shapes=shapes,
                 compiled=self._kept(part, provider, shapes).with_suffix(".blob"),
-                halved=self._kept(part, Provider.OPENVINO, None).with_suffix(".xml"),
+                halved=None
+                if part.precision == W8A8
+                else self._kept(part, Provider.OPENVINO, None).with_suffix(".xml"),
             )
         return Session(
             file,

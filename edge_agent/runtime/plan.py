@@ -16,15 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.bundle import Component
+from edge_agent.precision import HALF, W8A8
 from edge_agent.runtime import providers
 from edge_agent.runtime.checked import LEAST_PSNR_DB
 from edge_agent.types import Provider
 
 # Another engine has to be loaded as well, so that it must save something.
 WORTH_S = 0.02
-# Files of 16-bit floats are for these; onnxruntime's CPU widens them again in every run.
-_HALF = "fp16"
-_GPUS_FIRST = (Provider.CUDA, Provider.DIRECTML, Provider.COREML, Provider.OPENVINO)
+NOT_MEASURED = "not measured here yet"
+# Who runs files of a precision before anything is measured: onnxruntime's CPU widens 16-bit floats
+# again in every run, and takes longer in 8 bits throughout than in 32.
+_MADE_FOR = {
+    HALF: (Provider.CUDA, Provider.DIRECTML, Provider.COREML, Provider.OPENVINO),
+    W8A8: (Provider.OPENVINO,),
+}
 # What decides, or is compared with what was kept, is computed in 32 bits whatever draws.
 _EXACT = {
     Provider.OPENVINO: Provider.OPENVINO_F32,
@@ -83,13 +88,15 @@ def candidates(precise: bool) -> list[Provider]:
     return [one for one in here if not precise or exact(one) is one]
 
 
-def _unmeasured(part: Component, precise: bool) -> Provider:
-    if part.precision == _HALF:
-        here = providers.available()
-        for provider in _GPUS_FIRST:
-            if provider in here:
-                return exact(provider) if precise else provider
-    return Provider.CPU
+def _unmeasured(part: Component, precise: bool) -> Choice:
+    made_for, here = _MADE_FOR.get(part.precision, ()), providers.available()
+    for provider in made_for:
+        if provider in here:
+            return Choice(exact(provider) if precise else provider, NOT_MEASURED)
+    if not made_for:
+        return Choice(Provider.CPU, NOT_MEASURED)
+    missing = ", ".join(made_for)
+    return Choice(Provider.CPU, f"{part.precision} is made for {missing}, which is not here")
 
 
 class Plan:
@@ -113,7 +120,7 @@ class Plan:
             if found.right and found.seconds is not None
         }
         if Provider.CPU not in seconds:
-            return Choice(_unmeasured(part, precise), "not measured here yet")
+            return _unmeasured(part, precise)
         seconds[Provider.CPU] -= WORTH_S
         fastest = min(seconds, key=lambda one: seconds[one])
         return Choice(fastest, f"best of {len(known)} measured here")

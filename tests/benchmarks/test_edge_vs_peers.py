@@ -25,12 +25,13 @@ def found(p50_s: float, peak_rss_mb: float = 100.0, first_s: float = 1.0) -> dic
     return {"p50_s": p50_s, "peak_rss_mb": peak_rss_mb, "first_s": first_s}
 
 
-def test_bars_take_the_best_of_ours_and_low_memory_only_where_asked() -> None:
+def test_bars_take_the_best_of_ours_in_8_bits_apart_and_low_memory_only_where_asked() -> None:
     told = edge_vs_peers._reached(
         {
             "sd-turbo": {
                 "ours provider=cpu": found(2.0, 500, 5.0),
                 "ours provider=openvino": found(1.0, 900, 4.0),
+                "ours provider=openvino bundle=bundle-w8a8": found(0.4, 600, 2.0),
                 "ours provider=cpu memory=low": found(3.0, 300, 6.0),
                 "diffusers-fp32": found(4.0, 400, 10.0),
                 "openvino": found(0.5),
@@ -38,11 +39,14 @@ def test_bars_take_the_best_of_ours_and_low_memory_only_where_asked() -> None:
         }
     )
     rows = [row[:3] + row[4:] for row in list(told)[1:]]
-    best = "'ours provider=openvino'"
+    best, low = "'ours provider=openvino'", "'ours provider=openvino bundle=bundle-w8a8'"
     assert rows == [
         (f"sd-turbo: median of {best}", "diffusers-fp32", "0.25", "reached"),
+        (f"sd-turbo: median of {low}", "diffusers-fp32", "0.10", "reached"),
         (f"sd-turbo: median of {best}", "openvino", "2.00", "missed"),
+        (f"sd-turbo: median of {low}", "openvino", "0.80", "reached"),
         (f"sd-turbo: process start to picture of {best}", "diffusers-fp32", "0.40", "reached"),
+        (f"sd-turbo: process start to picture of {low}", "diffusers-fp32", "0.20", "reached"),
         (
             "sd-turbo: peak RSS of 'ours provider=cpu memory=low'",
             "diffusers-fp32",

@@ -21,7 +21,7 @@ from export import loss
 from export.build import Job, Row, Stage, export_bundle
 from export.cli import main
 from export.errors import ExportError
-from export.precision import FP16, FP32, INT4, INT8, Precisions
+from export.precision import FP16, FP32, INT4, INT8, PRECISIONS, W8A8, Precisions
 from tests.export.conftest import Exported
 
 PROMPTS = ["a cat", "two red apples on the beach", "a dog above the grass", "dog", "cat and dog"]
@@ -43,7 +43,7 @@ def test_a_precision_is_for_all_that_bears_it_or_by_component(text, read):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("int9", "'int9' is none of fp32, fp16, int8, int4"),
+        ("int9", "'int9' is none of fp32, fp16, w8a8, int8, int4"),
         ("unet=", "'' is none of fp32"),
         ("int8,fp16", "'int8,fp16' names the usual precision twice"),
         ("unet=int8,unet=fp16", "'unet=int8,unet=fp16' names unet twice"),
@@ -259,9 +259,9 @@ def test_sensitivity_tries_every_component_at_every_precision(exported, tmp_path
     result = CliRunner().invoke(main, [str(each) for each in measured])
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{tmp_path / 'bundle'}\n"
-    table = result.stderr.splitlines()[-16:]
+    table = result.stderr.splitlines()[-20:]
     names = ["text_encoder", "predictor", "unet", "vae_decoder"]
-    pairs = [(name, precision) for name in names for precision in (FP32, FP16, INT8, INT4)]
+    pairs = [(name, precision) for name in names for precision in PRECISIONS]
     assert [tuple(line.split()[:2]) for line in table] == pairs
 
     report = json.loads((tmp_path / "bundle" / "sensitivity.json").read_text())
@@ -276,6 +276,10 @@ def test_sensitivity_tries_every_component_at_every_precision(exported, tmp_path
         assert found[name, INT8]["milliseconds"] > 0
         assert found[name, FP16]["milliseconds"] is None
     assert found["vae_decoder", INT4]["note"].startswith("it has no matrix products")
+    for name in ("unet", "vae_decoder"):
+        assert found[name, W8A8]["loss"]["picture_psnr_db"] > 10
+        assert found[name, W8A8]["milliseconds"] is None  # it is not for onnxruntime
+    assert found["text_encoder", W8A8]["note"] == "its ranges are not those of pictures"
     bundle = open_bundle(tmp_path / "bundle")
     assert {part.precision for part in bundle.components.values()} == {FP32}
     assert bundle.loss is None

@@ -30,6 +30,7 @@ SMALL = "resnet10t"  # ours: its four stages this wide, 46 million multiply-adds
 SMALL_CHANNELS = (32, 64, 128, 256)
 BATCH = 128
 LEARNING_RATE = 2e-3
+PART = 256  # pictures at once, as the emoji world draws them: another cut would draw them twice
 WEIGHTS = "model.safetensors"
 
 
@@ -159,23 +160,29 @@ def train_backbone(
 
 
 def features_of(backbone: Backbone, samples: Samples, work: Path, device: str) -> NDArray:
-    """Return the features (N, D) of all pictures, float32: from `work`, or made and put there."""
+    """Return the features (N, D) of all pictures, float32: from `work`, or made and put there.
+
+    What a killed run had made is not made again.
+    """
     key = hashlib.sha256(f"{backbone.digest} {samples.digest}".encode()).hexdigest()[:16]
     file = work / f"features-{key}.npy"
     if file.is_file():
         return np.load(file)
     work.mkdir(parents=True, exist_ok=True)
-    features = np.empty((len(samples.labels), backbone.width), np.float32)
+    partial = file.with_suffix(".partial")
+    if not partial.is_file():
+        with partial.with_suffix(".empty").open("wb") as stream:
+            np.save(stream, np.full((len(samples.labels), backbone.width), np.nan, np.float32))
+        os.replace(partial.with_suffix(".empty"), partial)
+    features = np.lib.format.open_memmap(partial, "r+")  # what a killed run left stays in it
     backbone.to(device).eval()
-    # Parts as the emoji world draws them: another cut would draw its pictures twice.
-    parts = np.split(np.arange(len(features)), range(256, len(features), 256))
+    parts = np.split(np.arange(len(features)), range(PART, len(features), PART))
     with torch.inference_mode(), tqdm(total=len(features), desc="features", unit="picture") as bar:
         for indices in parts:
-            pictures = torch.from_numpy(samples.draw(indices)).to(device)
-            features[indices] = backbone(pictures).float().cpu().numpy()
+            if np.isnan(features[indices]).any():
+                pictures = torch.from_numpy(samples.draw(indices)).to(device)
+                features[indices] = backbone(pictures).float().cpu().numpy()
             bar.update(len(indices))
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as stream:
-        np.save(stream, features)
+    features.flush()
     os.replace(partial, file)
-    return features
+    return np.load(file)

@@ -53,6 +53,15 @@ def test_files_of_16_bits_go_to_a_gpu_first(
     assert plan.choose(half).provider is CPU
 
 
+def test_files_in_8_bits_throughout_are_for_openvino(
+    plan: Plan, part: Component, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = replace(part, precision="w8a8")
+    assert plan.choose(low) == Choice(FAST, "not measured here yet")
+    monkeypatch.setattr(providers, "available", lambda: [CPU])
+    assert plan.choose(low) == Choice(CPU, "w8a8 is made for openvino, which is not here")
+
+
 def test_auto_is_the_fastest(plan: Plan, part: Component, tmp_path: Path) -> None:
     plan.remember(part, {CPU: Measured(2.0, 200.0), FAST: Measured(1.0, 45.0)})
     again = Plan(Provider.AUTO, 2, tmp_path / "cache")

@@ -17,8 +17,9 @@ from cloud_server.training.iciia.backbone import (
     small_network,
     train_backbone,
 )
-from cloud_server.training.iciia.samples import read_manifest
+from cloud_server.training.iciia.samples import Ints, read_manifest
 from cloud_server.training.loop import Budget
+from edge_agent.recognition.pictures import Pixels
 
 
 def test_a_saved_backbone_opens_as_it_was(tmp_path: Path) -> None:
@@ -65,6 +66,32 @@ def test_features_are_made_once_for_a_backbone_and_its_pictures(
     with torch.no_grad():
         backbone.network.conv1[0].weight.mul_(1.1)
     assert not (features_of(backbone, samples, tmp_path / "work", "cpu") == made).all()
+
+
+def test_features_that_a_killed_run_made_are_not_made_again(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloud_server.training.iciia.backbone.PART", 32)
+    samples = read_manifest(manifest, 32)
+    torch.manual_seed(0)
+    backbone = Backbone(small_network(4, 32).eval())
+    whole = features_of(backbone, samples, tmp_path / "whole", "cpu")
+    drawn: list[int] = []
+
+    def draw(indices: Ints) -> Pixels:
+        if len(drawn) == 1:
+            drawn.append(-1)
+            raise KeyboardInterrupt
+        drawn.append(int(indices[0]))
+        return samples.draw(indices)
+
+    killed = replace(samples, draw=draw)
+    with pytest.raises(KeyboardInterrupt):
+        features_of(backbone, killed, tmp_path / "work", "cpu")
+    assert [file.suffix for file in (tmp_path / "work").iterdir()] == [".partial"]
+    assert (features_of(backbone, killed, tmp_path / "work", "cpu") == whole).all()
+    assert drawn == [0, -1, 32, 64]
+    assert [file.suffix for file in (tmp_path / "work").iterdir()] == [".npy"]
 
 
 def test_a_small_backbone_learns_from_lessons(manifest: Path, tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""Networks that compute in 8 bits throughout: convolutions too, by ranges that are known before.
+
+The ranges are those of what the device itself feeds the network while it draws in 32 bits, so that
+family, scheduler, guidance and prompts are as in use. OpenVINO runs the result on processors with
+VNNI in a third of the time; onnxruntime's CPU provider runs it too, but gains nothing by it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import GraphProto, TensorProto
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from onnxruntime.quantization.onnx_model import ONNXModel
+
+from edge_agent.bundle import Bundle, Component
+from edge_agent.edge import Edge
+from edge_agent.errors import GenerationError
+from edge_agent.runtime.network import Backend, Engine, Shapes
+from edge_agent.runtime.networks import Networks
+from edge_agent.types import Cancellation, Provider, Request, Route
+from export.errors import ExportError
+from export.files import save_beside
+from export.lowering import Unsuited
+
+Feeds = Mapping[str, NDArray]
+
+# Of a picture's steps so many at most; so many pictures that the denoiser is called some 32 times.
+MOST_STEPS, CALLS = 8, 32
+LEAST_PICTURES, MOST_PICTURES = 4, 16
+CHECKED_PICTURES = 2  # more, by whose calls the loss is measured
+SEED = 1000  # of the first picture: others than those that losses are measured on
+PRODUCTS = ("Conv", "MatMul", "Gemm")
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What a network was fed while pictures were drawn, and while others were, for comparison."""
+
+    calibration: Sequence[Feeds]
+    checks: Sequence[Feeds]
+
+
+def record(bundle: Bundle, names: Collection[str], prompts: Sequence[str]) -> dict[str, Calls]:
+    """Draw with `bundle` and return what its networks `names` are fed; raises ExportError."""
+    steps = min(bundle.diffusion.steps, MOST_STEPS)
+    pictures = min(max(CALLS // steps, LEAST_PICTURES), MOST_PICTURES)
+    networks = _Recording(bundle, names)
+    before: dict[str, int] = {}
+    try:
+        generator = Edge(networks).generator(time.monotonic)
+        for i in range(pictures + CHECKED_PICTURES):
+            if i == pictures:
+                before = {name: len(calls) for name, calls in networks.calls.items()}
+            request = Request(prompts[i % len(prompts)], steps=steps, route=Route.EDGE)
+            generator.generate(request, {}, SEED + i)
+    except GenerationError as err:
+        raise ExportError(f"drawing to see what networks are fed fails: {err}") from err
+    finally:
+        networks.close()
+    return {
+        name: Calls(calls[: before[name]], calls[before[name] :])
+        for name, calls in networks.calls.items()
+    }
+
+
+class _Recording(Networks):
+    """A bundle's networks on the processor; keeps what those called `names` are fed."""
+
+    def __init__(self, bundle: Bundle, names: Collection[str]) -> None:
+        super().__init__(bundle, provider=Provider.CPU)
+        self.calls: dict[str, list[Feeds]] = {name: [] for name in names}
+
+    def start(self, part: Component, provider: Provider, shapes: Shapes | None) -> Engine:
+        engine = super().start(part, provider, shapes)
+        return _Recorded(engine, self.calls[part.name]) if part.name in self.calls else engine
+
+
+class _Recorded:
+    def __init__(self, engine: Engine, calls: list[Feeds]) -> None:
+        self._engine, self._calls = engine, calls
+
+    @property
+    def inputs(self) -> Collection[str]:
+        return self._engine.inputs
+
+    @property
+    def backend(self) -> Backend:
+        return self._engine.backend
+
+    def run(
+        self, feeds: Mapping[str, NDArray], cancellation: Cancellation | None = None
+    ) -> list[NDArray]:
+        self._calls.append({name: np.array(feed, np.float32) for name, feed in feeds.items()})
+        return self._engine.run(feeds, cancellation)
+
+
+def quantise(unfused: Path, finished: Path, calls: Sequence[Feeds]) -> None:
+    """Write `unfused` with weights and activations of its products in 8 bits to `finished`.
+
+    Both are of standard operators, which engines see best what to do with. Holds the network some
+    four times in memory. Raises Unsuited when it has no products to quantise.
+    """
+    products = _products(onnx.load(unfused, load_external_data=False).graph)
+    if not products:
+        raise Unsuited("it has no convolutions or matrix products but its first and last")
+    finished.parent.mkdir(parents=True)
+    with TemporaryDirectory(dir=finished.parent.parent) as workspace:
+        lowered = Path(workspace) / "lowered.onnx"
+        quantize_static(
+            unfused,
+            lowered,
+            _Reader(calls),
+            op_types_to_quantize=list(PRODUCTS),
+            nodes_to_quantize=products,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=True,  # 7 bits of weights, for the reason that int8 has
+            use_external_data_format=True,
+            extra_options={
+                "DefaultTensorType": TensorProto.FLOAT,
+                # What comes out is added up in 32 bits, and stays so.
+                "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
+                "QuantizeBias": False,
+            },
+        )
+        save_beside(ONNXModel(onnx.load(lowered)), finished)
+
+
+class _Reader(CalibrationDataReader):
+    def __init__(self, calls: Sequence[Feeds]) -> None:
+        self._calls = iter(calls)
+
+    def get_next(self) -> Feeds | None:
+        return next(self._calls, None)
+
+
+def _products(graph: GraphProto) -> list[str]:
+    """Return the products that take time: those of what comes from the first input, the latents.
+
+    Of text and of timesteps there is little to compute. The first and the last product, which see
+    and make the picture, stay in 32 bits.
+    """
+    weights = {weight.name for weight in graph.initializer}
+    drawn = {graph.input[0].name}
+    found = []
+    for node in graph.node:
+        if drawn & set(node.input):
+            drawn |= set(node.output)
+            if node.op_type in PRODUCTS and node.input[1] in weights and node.input[0] in drawn:
+                found.append(node.name)
+    return found[1:-1]
