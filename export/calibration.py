@@ -153,7 +153,8 @@ def _products(graph: GraphProto) -> list[str]:
     drawn = {graph.input[0].name}
     found = []
     for node in graph.node:
-        if drawn & set(node.input):
+        # The batch that timesteps are repeated for is no part of the picture.
+        if node.op_type != "Shape" and drawn & set(node.input):
             drawn |= set(node.output)
             if node.op_type in PRODUCTS and node.input[1] in weights and node.input[0] in drawn:
                 found.append(node.name)

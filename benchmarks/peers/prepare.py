@@ -83,8 +83,8 @@ def _bundle(home: Path, part: str, *options: str) -> None:
     """Export as a user would; decisions are the starter's, made by its own text encoder."""
     bundle, first = home / part, home / BUNDLES[0]
     if part != BUNDLES[0]:
-        # Random weights may lose anything by 8 bits.
-        options += ("--precision", "w8a8", "--accept-loss")
+        # Random weights may lose anything by 8 bits, and nobody asks how much.
+        options += ("--precision", "w8a8", "--accept-loss", "--pictures", "1")
         if first.is_dir() and not bundle.is_dir():  # begin with what both have in common
             shutil.copytree(first, bundle)
     command = [sys.executable, "-m", "export", *options, "-o", str(bundle)]

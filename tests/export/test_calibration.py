@@ -33,7 +33,7 @@ PROMPTS = ["a cat", "two red apples on the beach", "a dog above the grass"]
 
 
 class Drawing(nn.Module):
-    """Convolutions and a projection of a picture; a projection of something else is added."""
+    """Convolutions and a projection of pictures; a projection of a time is added to each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,9 +43,8 @@ class Drawing(nn.Module):
 
     def forward(self, picture: Tensor, time: Tensor) -> Tensor:
         """Take (B, 8, h, w) and (4,) to (B, 8, h, w)."""
-        x = self.inner(self.first(picture)) + self.told(time[None, None])[0].unflatten(
-            1, (-1, 1, 1)
-        )
+        told = self.told(time.expand(picture.shape[0], -1))  # as diffusers repeats timesteps
+        x = self.inner(self.first(picture)) + told[:, :, None, None]
         x = self.mixed(x.transpose(1, 3)).transpose(1, 3)
         return self.last(x)
 
@@ -72,7 +71,8 @@ def calls(count: int, spread: float = 1.0) -> list[dict[str, np.ndarray]]:
 def unfused(module: nn.Module, folder: Path, *names: str) -> Path:
     example = tuple(torch.from_numpy(calls(1)[0][name]) for name in names)
     with quiet():
-        trace_by_running(module.eval(), example, folder / "traced.onnx", names, ("y",), {})
+        axes = {"picture": {0: "batch"}}
+        trace_by_running(module.eval(), example, folder / "traced.onnx", names, ("y",), axes)
     optimise(folder / "traced.onnx", folder / "unfused.onnx", BASIC)
     return folder / "unfused.onnx"
 
