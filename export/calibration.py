@@ -1,8 +1,8 @@
 """Networks that compute in 8 bits throughout: convolutions too, by ranges that are known before.
 
 The ranges are those of what the device itself feeds the network while it draws in 32 bits, so that
-family, scheduler, guidance and prompts are as in use. OpenVINO runs the result on processors with
-VNNI in a third of the time; onnxruntime's CPU provider runs it too, but gains nothing by it.
+family, scheduler, guidance and prompts are as in use. OpenVINO draws with the result in about
+half the time on a processor with VNNI; onnxruntime's CPU provider runs it too, but no faster.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from edge_agent.runtime.networks import Networks
 from edge_agent.types import Cancellation, Provider, Request, Route
 from export.errors import ExportError
 from export.files import save_beside
+from export.gptq import Feeds
 from export.lowering import Unsuited
-
-Feeds = Mapping[str, NDArray]
 
 # Of a picture's steps so many at most; so many pictures that the denoiser is called some 32 times.
 MOST_STEPS, CALLS = 8, 32
@@ -105,8 +104,9 @@ class _Recorded:
 def quantise(unfused: Path, finished: Path, calls: Sequence[Feeds]) -> None:
     """Write `unfused` with weights and activations of its products in 8 bits to `finished`.
 
-    Both are of standard operators, which engines see best what to do with. Holds the network some
-    four times in memory. Raises Unsuited when it has no products to quantise.
+    `unfused` is as it was traced: where onnxruntime has fused an activation already, OpenVINO does
+    not see that it could. Holds the network some four times in memory. Raises Unsuited when it has
+    no products to quantise.
     """
     products = _products(onnx.load(unfused, load_external_data=False).graph)
     if not products:

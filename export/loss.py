@@ -21,7 +21,7 @@ from edge_agent.agent import EdgeAgent
 from edge_agent.bundle import Bundle, Component, Loss
 from edge_agent.errors import GenerationError
 from edge_agent.types import Provider, Request, Route
-from export.bundle_writer import Losses
+from export.bundle_writer import DECODER, Losses
 from export.errors import ExportError
 from export.files import link
 from export.lowering import Unsuited, rounding
@@ -158,7 +158,7 @@ class Exam:
 
     def _measure(self, changed: Mapping[str, Component]) -> Loss:
         drawing, router = self._bundle.diffusion, self._bundle.router
-        in_pictures = {*drawing.text_encoders, drawing.denoiser, "vae_decoder"}
+        in_pictures = {*drawing.text_encoders, drawing.denoiser, DECODER}
         in_decisions = {router.text_encoder, router.predictor}
         alone = next(iter(changed.values())).loss if len(changed) == 1 else None
         with TemporaryDirectory(dir=self._bundle.path) as folder:

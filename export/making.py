@@ -24,7 +24,7 @@ from export.parity import check_parity
 from export.parts import Part
 from export.precision import FP16, FP32, W8A8
 
-# Beside the precisions: in 32 bits and standard operators, to be calibrated when all is there.
+# Beside the precisions: in 32 bits, as it was traced, to be calibrated when all is there.
 UNFUSED = "unfused"
 STAGES = ("trace", "optimise", "compare")
 CALLS = 5  # timed, after one that is not

@@ -13,7 +13,7 @@ from cloud_server.torchvision_guard import guard
 from cloud_server.training.encoders import TextEncoder
 from edge_agent.bundle import FORMAT
 from edge_agent.diffusion.samplers import BY_DEFAULT
-from export.bundle_writer import PREVIEW_DECODER, ROUTER_TEXT, BundleWriter, tokenizer_file
+from export.bundle_writer import DECODER, PREVIEW_DECODER, ROUTER_TEXT, BundleWriter, tokenizer_file
 from export.files import digest_of
 from export.sources import Pipeline, RouterFolder
 from export.text import Texts
@@ -98,7 +98,7 @@ def _preview(pipeline: Pipeline) -> dict[str, Any] | None:
     if preview is None:
         return None
     return {
-        "decoder": "vae_decoder" if preview is pipeline else PREVIEW_DECODER,
+        "decoder": DECODER if preview is pipeline else PREVIEW_DECODER,
         "scaling_factor": preview.scaling_factor,
         "shift_factor": preview.shift_factor,
     }

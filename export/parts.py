@@ -17,7 +17,7 @@ from cloud_server.training import predictor as predictors
 from cloud_server.training.encoders import TextEncoder
 from cloud_server.training.labels.prompts import sample_prompts
 from export import components, denoisers
-from export.bundle_writer import PREVIEW_DECODER
+from export.bundle_writer import DECODER, PREVIEW_DECODER
 from export.files import digest_of
 from export.network import Network
 from export.parity import GATES
@@ -90,7 +90,7 @@ def parts_of(
         vae = kind.from_pretrained(drawn.vae_folder, torch_dtype=torch.float32)
         return components.vae_decoder(vae, size)
 
-    decoders = {"vae_decoder": pipeline}
+    decoders = {DECODER: pipeline}
     if pipeline.preview is not None and pipeline.preview is not pipeline:
         decoders[PREVIEW_DECODER] = pipeline.preview
 

@@ -95,8 +95,8 @@ def _unmeasured(part: Component, precise: bool) -> Choice:
             return Choice(exact(provider) if precise else provider, NOT_MEASURED)
     if not made_for:
         return Choice(Provider.CPU, NOT_MEASURED)
-    missing = ", ".join(made_for)
-    return Choice(Provider.CPU, f"{part.precision} is made for {missing}, which is not here")
+    wanted = " or ".join(made_for)
+    return Choice(Provider.CPU, f"{part.precision} is made for {wanted}: not here")
 
 
 class Plan:

@@ -59,7 +59,7 @@ def test_files_in_8_bits_throughout_are_for_openvino(
     low = replace(part, precision="w8a8")
     assert plan.choose(low) == Choice(FAST, "not measured here yet")
     monkeypatch.setattr(providers, "available", lambda: [CPU])
-    assert plan.choose(low) == Choice(CPU, "w8a8 is made for openvino, which is not here")
+    assert plan.choose(low) == Choice(CPU, "w8a8 is made for openvino: not here")
 
 
 def test_auto_is_the_fastest(plan: Plan, part: Component, tmp_path: Path) -> None:
