@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from export.bundle_writer import DECODER, TEXT_ENCODERS
+from export.bundle_writer import DECODER, DIFFUSION_TEXTS, TEXT_ENCODERS
 from export.errors import ExportError
 
 FP32, FP16, W8A8, INT8, INT4 = "fp32", "fp16", "w8a8", "int8", "int4"
@@ -20,7 +20,8 @@ class Precisions:
 
     That are the text encoders and the denoiser. Decoders overflow in fp16 in some families and
     hold convolutions, which int8 and int4 leave; the rest is small: those are lowered by name
-    alone. w8a8 is for what draws, denoiser and decoder, and for nothing else.
+    alone. w8a8 is for denoiser and decoder, and for nothing else; text encoders that decide nothing
+    go with it in int8, which rounds their activations as they come.
     """
 
     usual: str = FP32
@@ -56,9 +57,12 @@ class Precisions:
         for name, precision in named.items():
             if precision == W8A8 and name not in drawing:
                 raise unsuited(name, W8A8, NOT_DRAWN)
-        suited = drawing if self.usual == W8A8 else (*TEXT_ENCODERS, denoiser)
-        usual = {name: self.usual if name in suited else FP32 for name in components}
-        return usual | named
+        usual = dict.fromkeys(components, FP32)
+        if self.usual == W8A8:
+            usual |= dict.fromkeys(drawing, W8A8) | dict.fromkeys(DIFFUSION_TEXTS, INT8)
+        else:
+            usual |= dict.fromkeys((*TEXT_ENCODERS, denoiser), self.usual)
+        return {name: (usual | named)[name] for name in components}
 
 
 def drawn(denoiser: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.nn import functional
 
 from edge_agent.agent import EdgeAgent
 from edge_agent.bundle import Bundle, open_bundle
@@ -47,6 +48,21 @@ class Drawing(nn.Module):
         x = self.inner(self.first(picture)) + told[:, :, None, None]
         x = self.mixed(x.transpose(1, 3)).transpose(1, 3)
         return self.last(x)
+
+
+class Block(nn.Module):
+    """A block as in UNets: a norm and a convolution, and a shortcut of what the norm reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.norm, self.shortcut = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """Take (B, 8, h, w) to the same."""
+        x = self.first(picture)
+        x = self.shortcut(x) + self.inner(functional.silu(self.norm(x)))
+        return self.last(functional.silu(x))
 
 
 class Single(nn.Module):
@@ -91,6 +107,10 @@ def test_products_of_the_picture_are_quantised_but_the_first_and_the_last(tmp_pa
         for node in products
     ]  # fmt: skip
     assert sorted(in_8_bits) == [[False, False]] * 3 + [[True, True]] * 2
+    constants = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    (conv,) = [node for node in products if node.op_type == "Conv" and node.input[0] in makers
+               and makers[node.input[0]].op_type == "DequantizeLinear"]  # fmt: skip
+    assert constants[makers[conv.input[0]].input[2]] == 0  # whose weights OpenVINO packs fast
     integers = [numpy_helper.to_array(w) for w in graph.initializer if w.data_type == 3]
     largest = [int(np.abs(each).max()) for each in integers if each.ndim > 1]
     assert len(largest) == 2
@@ -105,6 +125,39 @@ def test_products_of_the_picture_are_quantised_but_the_first_and_the_last(tmp_pa
     wanted = np.stack([full.run(None, feeds)[0] for feeds in beyond])
     error = wanted - np.stack([low.run(None, feeds)[0] for feeds in beyond])
     assert error.std() / wanted.std() > 0.3
+
+
+def test_what_norms_read_too_is_not_rounded(tmp_path):
+    model, finished = unfused(Block(), tmp_path, "picture"), tmp_path / W8A8 / "m.onnx"
+    with quiet():
+        quantise(model, finished, [{"picture": each["picture"]} for each in calls(8)])
+    graph = onnx.load(finished).graph
+    rounded = [node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"]
+    assert sum(n.op_type == "Conv" and n.input[0] in rounded for n in graph.node) == 1
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == 1
+
+
+def test_a_loss_is_seen_in_the_engine_that_draws(tmp_path, monkeypatch):
+    model, finished = unfused(Block(), tmp_path, "picture"), tmp_path / W8A8 / "m.onnx"
+    seen = [{"picture": each["picture"]} for each in calls(8)]
+    with quiet():
+        quantise(model, finished, seen)
+    samples = [(torch.from_numpy(each["picture"]),) for each in seen]
+
+    class Wrong:
+        """An OpenVINO that adds something up wrongly."""
+
+        def __init__(self, path: Path, **_: object) -> None:
+            self._right = open_plainly(path)
+
+        def run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            return [0.5 * each for each in self._right.run(None, feeds)]
+
+    right = loss.outputs_psnr_db(model, finished, W8A8, samples)
+    monkeypatch.setattr(openvino, "version", lambda: "some")
+    monkeypatch.setattr(loss, "OpenVinoSession", Wrong)
+    wrong = loss.outputs_psnr_db(model, finished, W8A8, samples)
+    assert wrong < 20 < 30 < right < 90
 
 
 def test_what_has_no_products_in_between_is_unsuited(tmp_path):
@@ -164,9 +217,13 @@ def picture(bundle: Bundle, provider: Provider) -> np.ndarray:
         return np.float64(agent.generate(request).picture.image)
 
 
-def test_a_bare_w8a8_is_for_what_draws():
+def test_a_bare_w8a8_is_for_what_draws_and_leaves_what_decides():
     names = ["text_encoder", "predictor", "unet", "vae_decoder"]
     assert list(Precisions(W8A8).of(names, "unet").values()) == [FP32, FP32, W8A8, W8A8]
+    of_its_own = [*names, "text_encoder_diffusion"]
+    assert list(Precisions(W8A8).of(of_its_own, "unet").values())[-1] == INT8
+    named = Precisions.parse("w8a8,text_encoder_diffusion=fp32").of(of_its_own, "unet")
+    assert named == dict.fromkeys(of_its_own, FP32) | {"unet": W8A8, "vae_decoder": W8A8}
 
 
 def test_what_draws_is_smaller_and_its_loss_told(exported, quantised):
