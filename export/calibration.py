@@ -111,7 +111,7 @@ def quantise(unfused: Path, finished: Path, calls: Sequence[Feeds]) -> None:
     """
     products = _products(onnx.load(unfused, load_external_data=False).graph)
     if not products:
-        raise Unsuited("it has no convolutions or matrix products but its first and last")
+        raise Unsuited("it has no convolutions or matrix products but those that stay in 32 bits")
     finished.parent.mkdir(parents=True)
     with TemporaryDirectory(dir=finished.parent.parent) as workspace:
         lowered = Path(workspace) / "lowered.onnx"

@@ -59,14 +59,14 @@ def round_by_use(products: Path, lowered: Path, calibration: Sequence[Feeds]) ->
     save_beside(ONNXModel(model), lowered)
 
 
-def round_columns(weight: Floats, scale: Floats, moments: NDArray, most: int) -> Floats:
+def round_columns(weight: Floats, scale: Floats, moments: Floats, most: int) -> Floats:
     """Return integers (K, N), at most `most` in size, that times `scale` (N,) are near `weight`.
 
     Near is what little changes x W for inputs x of these second `moments` (K, K).
     """
     count = len(weight)
     order = np.argsort(-moments.diagonal(), kind="stable")  # the most used are rounded first
-    damped = moments[np.ix_(order, order)].astype(np.float64)
+    damped = moments[np.ix_(order, order)]
     damped[np.diag_indices(count)] += DAMPING * damped.diagonal().mean() + np.finfo(float).tiny
     made_up = _root_of_inverse(damped)  # row i: by whom, for the error of i
     left, rounded = weight[order], np.empty_like(weight)
@@ -97,7 +97,7 @@ def _second_moments(
     products: Path,
     nodes: Sequence[NodeProto],
     calibration: Sequence[Feeds],
-) -> Iterator[tuple[NodeProto, NDArray]]:
+) -> Iterator[tuple[NodeProto, Floats]]:
     """Yield each product with the second moments (K, K) of its inputs, some products at a time."""
     shapes = {each.name: each.dims for each in full.graph.initializer}
     readers: dict[str, list[NodeProto]] = {}
@@ -105,11 +105,11 @@ def _second_moments(
         readers.setdefault(node.input[0], []).append(node)
     inputs = {name: shapes[several[0].input[1]][0] for name, several in readers.items()}
     for names in _parts(inputs):
-        moments = {name: np.zeros((inputs[name],) * 2, np.float32) for name in names}
+        moments = {name: np.zeros((inputs[name], inputs[name])) for name in names}
         session = open_plainly(_telling(products, names))
         for feeds in _batches(calibration):
             for name, given in zip(names, session.run(names, feeds), strict=True):
-                rows = given.reshape(-1, given.shape[-1])
+                rows = given.reshape(-1, given.shape[-1]).astype(np.float64)
                 moments[name] += rows.T @ rows
         for name in names:
             for node in readers[name]:
@@ -132,11 +132,11 @@ def _parts(widths: Mapping[str, int]) -> Iterator[list[str]]:
     part: list[str] = []
     total = 0
     for name, width in widths.items():
-        if part and total + 4 * width**2 > MOST_BYTES:
+        if part and total + 8 * width**2 > MOST_BYTES:
             yield part
             part, total = [], 0
         part.append(name)
-        total += 4 * width**2
+        total += 8 * width**2
     if part:
         yield part
 
