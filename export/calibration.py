@@ -1,7 +1,7 @@
 """Networks that compute in 8 bits throughout: convolutions too, by ranges that are known before.
 
 The ranges are those of what the device itself feeds the network while it draws in 32 bits, so that
-family, scheduler, guidance and prompts are as in use. OpenVINO draws with the result in less than
+family, scheduler, guidance and prompts are as in use. OpenVINO draws with the result in about
 half the time on a processor with VNNI; onnxruntime's CPU provider runs it too, but no faster.
 """
 
@@ -142,8 +142,8 @@ def _count_from_zero(model: ONNXModel) -> None:
     """Have convolutions take their 8 bits as they are, not as differences from a zero point.
 
     The same function: what is padded is the zero point then, and what a convolution makes of it
-    leaves with the bias. With zero points OpenVINO takes three times as long to pack the weights,
-    at each start.
+    leaves with the bias. With zero points OpenVINO takes two to three times as long to open the
+    network, at each start.
     """
     graph, makers = model.graph(), model.output_name_to_node()
     constants = {tensor.name: tensor for tensor in graph.initializer}

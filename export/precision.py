@@ -57,12 +57,11 @@ class Precisions:
         for name, precision in named.items():
             if precision == W8A8 and name not in drawing:
                 raise unsuited(name, W8A8, NOT_DRAWN)
-        usual = dict.fromkeys(components, FP32)
         if self.usual == W8A8:
-            usual |= dict.fromkeys(drawing, W8A8) | dict.fromkeys(DIFFUSION_TEXTS, INT8)
+            usual = dict.fromkeys(drawing, W8A8) | dict.fromkeys(DIFFUSION_TEXTS, INT8)
         else:
-            usual |= dict.fromkeys((*TEXT_ENCODERS, denoiser), self.usual)
-        return {name: (usual | named)[name] for name in components}
+            usual = dict.fromkeys((*TEXT_ENCODERS, denoiser), self.usual)
+        return {name: named.get(name, usual.get(name, FP32)) for name in components}
 
 
 def drawn(denoiser: str) -> tuple[str, str]:
