@@ -90,7 +90,10 @@ def test_the_autoencoder_keeps_scenes(exam, judge):
 
 
 # On the card, on more pictures: one object 92 and 100 %, three objects 89 and 100 %.
-@pytest.mark.parametrize(("folder", "least"), [(EDGE, (0.7, 0.6)), (CLOUD, (0.9, 0.8))])
+@pytest.mark.parametrize(
+    ("folder", "least"),
+    [(EDGE, (0.7, 0.6)), pytest.param(CLOUD, (0.9, 0.8), marks=pytest.mark.slow)],
+)
 def test_they_draw_what_was_asked_for(exam, judge, folder, least):
     painter = PipelinePainter(folder, "cpu")
     drawn = painter.draw([scene.caption for scene in exam], range(len(exam)))

@@ -31,7 +31,7 @@ def subject(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Subject
     small = Cohort(
         cohort.features[few], cohort.labels[few], cohort.splits[few], cohort.clients[few] // 2
     )
-    schedule = Schedule(learning_rate=0.05, clients=1, epochs=4)
+    schedule = Schedule(learning_rate=0.05, clients=1, epochs=2)
     work = tmp_path_factory.mktemp("work")
     return Subject(small, classifier, 1, schedule, (0, 1), work, sweep=True)
 
