@@ -146,6 +146,7 @@ def evaluate_recognizer(
         f"--epochs {setup.epochs} --seeds {seeds}"
         + (f" --groups {setup.groups}" if setup.groups else "")
         + (f" --clients {setup.clients}" if setup.clients else "")
+        + (" --learn-head" if setup.learn_head else "")
         + (" --sweep" if sweep else "")
         + (" --brief" if brief else "")
     )

@@ -47,6 +47,7 @@ class Schedule:
     epochs: int = 100
     patience: int = 10  # epochs without a gain that end an "sgd" run
     varied: float = 0.5  # share of batches that are of another length than SEQUENCE
+    learn_head: bool = False  # the paper's way; few pictures a head learns by heart
 
     def over(self, waited: int) -> bool:
         """Whether so many epochs without a gain end the run."""
@@ -86,14 +87,16 @@ def train(
 ) -> tuple[Iciia, float]:
     """Return the module of the best epoch and its accuracy on the validation split.
 
-    It keeps the head `start`, the backbone's, or learns a fresh one. The state after each
-    epoch lies in `work`; the same call goes on from there after a kill.
+    It begins with the head `start`, the backbone's, and keeps it or trains it on, or learns a
+    fresh one. The state after each epoch lies in `work`; the same call goes on from there after
+    a kill.
     """
     torch.manual_seed(seed)
     model = Iciia(config)
     train_clients, val_clients = cohort.of("train"), cohort.of("val")
     if start is not None:
         model.begin_as(start, cohort.features[np.concatenate(train_clients)])
+        model.head.requires_grad_(schedule.learn_head)
     steps = Steps(model, schedule)
     head = start is not None and digest_of(start)
     about = f"{config} {schedule} {seed} {cohort.digest()} {head}"

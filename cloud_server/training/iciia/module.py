@@ -223,13 +223,10 @@ class Iciia(nn.Module):
         """Start close to what the backbone says: with its own head, and layers that add little.
 
         Where the sizes allow it, attention adds a share of the client's pictures as they are: what
-        the client sees often becomes likelier from the first step on.
-
-        The head stays as it is: what it would learn is pictures by heart, and no client. The last
-        norm gives vectors back the mean and the spread of the `features` (n, D).
+        the client sees often becomes likelier from the first step on. The last norm gives vectors
+        back the mean and the spread of the `features` (n, D).
         """
         self.head.load_state_dict(classifier.state_dict())
-        self.head.requires_grad_(False)
         last = self.stack[-1].norm2
         last.weight.fill_(features.std(-1, unbiased=False).mean())
         last.bias.fill_(features.mean())

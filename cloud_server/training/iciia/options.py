@@ -77,6 +77,12 @@ _OPTIONS = (
         show_default=True,
         help="With sgd at most: ten without a gain end it before.",
     ),
+    click.option(
+        "--learn-head",
+        is_flag=True,
+        help="Train the backbone's head on with the module, as the paper does: better where "
+        "pictures are many; few it learns by heart.",
+    ),
     click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."),
 )
@@ -97,6 +103,7 @@ class Setup:
     learning_rate: float
     clients_at_once: int
     epochs: int
+    learn_head: bool
     device: str | None
     threads: int | None
 
@@ -105,7 +112,11 @@ class Setup:
         from cloud_server.training.iciia.learn import Schedule
 
         return Schedule(
-            self.optimizer, self.learning_rate, self.clients_at_once, epochs=self.epochs
+            self.optimizer,
+            self.learning_rate,
+            self.clients_at_once,
+            epochs=self.epochs,
+            learn_head=self.learn_head,
         )
 
     def open_device(self) -> str:

@@ -25,7 +25,8 @@ from edge_agent.recognition.pictures import Pixels
 EMOJI_TEST: Final = Path("/usr/share/unicode/emoji/emoji-test.txt")
 SIDE: Final = 64  # of Omniglot's pictures
 EMOJI_SIDE: Final = 96
-PICTURES_OF_A_CLASS: Final = {"train": 96, "val": 6, "test": 10}
+# Of each class, split after split; what came later stands last, so that the rest stays as it was.
+PICTURES_OF_A_CLASS: Final = (("train", 96), ("val", 6), ("test", 10), ("train", 192))
 SMALLEST, NOISIEST = 0.2, 0.3  # emoji, of the side; spread of noise, of the range of pixels
 CLASSES_OF_A_CLIENT: Final = 15
 PICTURES_IN_A_CLIENT: Final = {"train": 6, "val": 6, "test": 5}  # of each of its classes
@@ -102,9 +103,9 @@ class EmojiWorld:
     def samples(self) -> Samples:
         """Return the pictures of all splits, and clients by subgroup and by random classes."""
         c = len(self.emoji)
-        counts = list(PICTURES_OF_A_CLASS.values())
-        labels = np.concatenate([np.tile(np.arange(c), n) for n in counts])
-        codes = [SPLITS.index(split) for split in PICTURES_OF_A_CLASS]
+        counts = [n for _, n in PICTURES_OF_A_CLASS]
+        labels = np.tile(np.arange(c), sum(counts))
+        codes = [SPLITS.index(split) for split, _ in PICTURES_OF_A_CLASS]
         splits = np.repeat(np.array(codes, np.int8), [n * c for n in counts])
         groups = [one.subgroup for one in self.emoji]
         numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
@@ -115,25 +116,24 @@ class EmojiWorld:
             classes=tuple(one.name for one in self.emoji),
             labels=labels,
             splits=splits,
-            clients={"subgroup": subgroup, "random": self._random_clients(labels, splits)},
+            clients={"subgroup": subgroup, "random": self._random_clients()},
             draw=lambda indices: self._stored(labels, indices),
             lesson=self._lesson,
             side=EMOJI_SIDE,
             digest=hashlib.sha256(about.encode()).hexdigest(),
         )
 
-    def _random_clients(self, labels: Ints, splits: NDArray[np.int8]) -> Ints:
+    def _random_clients(self) -> Ints:
         """Deal each split to clients of 15 random classes; no two splits share a client."""
         rng, c = np.random.default_rng((self.seed, 3)), len(self.emoji)
-        clients, number = np.empty(len(labels), np.int64), 0
-        for split in PICTURES_OF_A_CLASS:
-            here = np.flatnonzero(splits == SPLITS.index(split))
-            copies = here.reshape(-1, c)  # (pictures of a class, C)
-            for start in range(0, len(copies), PICTURES_IN_A_CLIENT[split]):
+        clients: list[Ints] = []
+        number = 0
+        for split, pictures in PICTURES_OF_A_CLASS:
+            for start in range(0, pictures, PICTURES_IN_A_CLIENT[split]):
                 of_class = rng.permutation(c) // CLASSES_OF_A_CLIENT + number
-                clients[copies[start : start + PICTURES_IN_A_CLIENT[split]]] = of_class
+                clients += [of_class] * min(PICTURES_IN_A_CLIENT[split], pictures - start)
                 number = int(of_class.max()) + 1
-        return clients
+        return np.concatenate(clients)
 
     def _stored(self, labels: Ints, indices: Ints) -> Pixels:
         # A picture depends on its chunk alone, so that any part of the world can be drawn again.

@@ -119,6 +119,16 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(
         assert torch.equal(weight, unbroken.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("learn_head", [False, True])
+def test_the_backbones_head_is_kept_or_trained_on(
+    cohort: Cohort, learn_head: bool, tmp_path: Path
+) -> None:
+    start = nn.Linear(32, 40)
+    schedule = replace(FAST, epochs=1, learn_head=learn_head)
+    model, _ = train(cohort, CONFIG, schedule, 0, tmp_path, start=start, shown=False)
+    assert torch.equal(model.head.weight, start.weight) != learn_head
+
+
 def test_other_data_or_settings_never_resume_a_run(cohort: Cohort, tmp_path: Path) -> None:
     short = replace(FAST, epochs=1)
     train(cohort, CONFIG, short, 0, tmp_path, shown=False)
