@@ -13,6 +13,7 @@ from PIL import Image
 from cloud_server.errors import ModelError
 from cloud_server.training.iciia.worlds import (
     DRAWERS,
+    EMOJI_SIDE,
     EMOJI_TEST,
     VIEWS,
     EmojiWorld,
@@ -63,7 +64,7 @@ def test_the_emoji_world() -> None:
     parts = [set(random[samples.of(split)]) for split in ("train", "val", "test")]
     assert not parts[0] & parts[1] | parts[1] & parts[2] | parts[0] & parts[2]
     one, again = samples.draw(np.array([3, 700, 5])), samples.draw(np.array([5]))
-    assert one.shape == (3, 64, 64, 3)
+    assert one.shape == (3, EMOJI_SIDE, EMOJI_SIDE, 3)
     assert (one[2] == again[0]).all()
     assert not (one[0] == one[1]).all()
     (a, labels), (b, _), (c, _) = (samples.lesson(step, 8) for step in (1, 1, 2))
