@@ -20,8 +20,10 @@ help:
 demo: $(VENV)/.runs
 	$(BIN)/python -m demo $(ARGS)
 
+# By file, since fixtures that take long are shared within one; beside each other further threads
+# of torch and onnxruntime would only wait.
 test: $(VENV)/.develops
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.develops
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
