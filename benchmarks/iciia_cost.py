@@ -97,14 +97,13 @@ def latency(source: RecognizerSource, rounds: int) -> Mapping[str, np.ndarray]:
     picture = rng.integers(0, 256, (1, side, side, 3), dtype=np.uint8)
     backbone, head, adapted = (parts[NAMES[name]] for name in ("backbone", "head", "adapted"))
     before = backbone.run({"pictures": picture.repeat(PICTURES - 1, 0)})[0]
-    rows = np.array([PICTURES - 1])
 
     def plain() -> None:
         head.run({"features": backbone.run({"pictures": picture})[0]})
 
     def with_history() -> None:
         (own,) = backbone.run({"pictures": picture})
-        adapted.run({"features": np.concatenate([before, own]), "rows": rows})
+        adapted.run({"before": before, "features": own})
 
     taken = {"backbone and its head": plain, "backbone and ICIIA": with_history}
     seconds: dict[str, list[float]] = {name: [] for name in taken}
@@ -120,7 +119,7 @@ def print_latency(folder: Path, rounds: int) -> None:
     """Print what one picture takes on one pinned thread, and what 15 of history add to it."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     source = open_recognizer(folder)
-    config = source.model.adapted.iciia.config
+    config = source.model.iciia.config
     seconds = latency(source, rounds)
     (_, plain), (_, more) = seconds.items()
     click.echo(

@@ -154,7 +154,8 @@ class RecognizerSpec:
     """What recognition needs beside its networks `backbone`, `head` and `adapted`.
 
     Pictures are read `side` pixels square, of which `crop` is kept; features have `width` values
-    and are those of the backbone named by `digest`. `history` earlier pictures serve best.
+    and are those of the backbone named by `digest`. `history` earlier pictures serve best; with
+    fewer than `least_history` the backbone's own `head` answers, always where that is None.
     """
 
     classes: tuple[str, ...]
@@ -163,6 +164,7 @@ class RecognizerSpec:
     width: int
     digest: str
     history: int
+    least_history: int | None
     backbone: str
     head: str
     adapted: str

@@ -115,6 +115,9 @@ class _Fields:
     def maybe(self, key: str, kind: type[T]) -> T | None:
         return None if self.content.get(key) is None else self.get(key, kind)
 
+    def or_null(self, key: str, kind: type[T]) -> T | None:
+        return self.maybe(key, kind) if key in self.content else self.get(key, kind)
+
     def one_of(self, key: str, *values: str) -> str:
         value = self.get(key, str)
         if value not in values:
@@ -254,6 +257,7 @@ def _recognizer(fields: _Fields) -> RecognizerSpec:
         width=fields.get("width", int),
         digest=fields.get("digest", str),
         history=fields.get("history", int),
+        least_history=fields.or_null("least_history", int),
         backbone=fields.get("backbone", str),
         head=fields.get("head", str),
         adapted=fields.get("adapted", str),

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from cloud_server.training.iciia.gate import Gate
 from cloud_server.training.iciia.module import Attention, GroupedLinear, Iciia, Layer
 from export.network import OPSET
 
@@ -46,16 +45,15 @@ def fits(iciia: Iciia) -> bool:
     return config.mixing == "attention" and config.shuffle and by_head and small
 
 
-def write(iciia: Iciia, gate: Gate, file: Path, longest: int) -> None:
-    """Write features (B, D) and rows (n,) to logits (n, C) and gate (n,), 2 <= B <= `longest`."""
+def write(iciia: Iciia, file: Path) -> None:
+    """Write earlier features (k, D) and new ones (n, D) to the logits (n, C) of the new ones."""
     graph = _Graph()
     (layer,) = iciia.stack
-    asked = graph.node("Gather", "features", "rows", name="asked", axis=0)
-    answer = graph.layer(layer, asked)
+    graph.node("Concat", "before", "features", name="all", axis=0)
+    answer = graph.layer(layer, "features")
     head = [graph.constant("head.weight", iciia.head.weight), "head.bias"]
     graph.constant("head.bias", iciia.head.bias)
     graph.node("Gemm", graph.node("Relu", answer, name="lit"), *head, name="logits", transB=1)
-    graph.gate(gate, longest)
     graph.save(file, iciia.config.width, iciia.config.classes)
 
 
@@ -122,7 +120,7 @@ class _Graph:
         )
 
     def layer(self, layer: Layer, asked: str) -> str:
-        """Encode the pictures `asked` for (n, D) in the light of all features (B, D)."""
+        """Encode the pictures `asked` for (n, D) in the light of all features (k + n, D)."""
         attention = layer.mix
         assert isinstance(attention, Attention)
         heads, width = attention.heads, layer.norm1.weight.numel()
@@ -130,9 +128,9 @@ class _Graph:
         weight, bias = _queries(attention)
         turned = self.blocks("turned", asked, (1, groups), weight, (heads, width))
         query = self.shifted("query", turned, bias)  # (n, H, D)
-        score = self.node("FusedMatMul", query, "features", name="score", domain=_CONTRIB, transB=1)
+        score = self.node("FusedMatMul", query, "all", name="score", domain=_CONTRIB, transB=1)
         share = self.node("Softmax", score, name="share", axis=-1)
-        mixed = self.node("MatMul", share, "features", name="mixed")  # (n, H, D)
+        mixed = self.node("MatMul", share, "all", name="mixed")  # (n, H, D)
         by_head = _exact(attention.v.weight).reshape(groups, heads, -1, m).transpose(1, 0, 3, 2)
         seen = self.blocks("seen", mixed, (heads, groups), by_head, (width,), (0, 1, 4, 2, 3))
         value = self.shifted("value", seen, attention.v.bias)
@@ -143,36 +141,18 @@ class _Graph:
         more = self.projected("mlp2", lit, layer.mlp2)
         return self.normed("norm2", x, more, layer.mlp2.bias, layer.norm2)
 
-    def gate(self, gate: Gate, longest: int) -> None:
-        """Write `Gate.forward`; what depends on B alone is looked up."""
-        centre = self.constant("centre", gate.centre)
-        centred = self.node("Sub", "features", centre, name="centred")
-        unit = self.node("LpNormalization", centred, name="unit", axis=-1, p=2)
-        first = self.constant("first", np.array([0]))
-        mean = self.node("ReduceMean", unit, first, name="mean")  # (1, D)
-        own = self.node("Gather", unit, "rows", name="own", axis=0)  # (n, D)
-        by_own, by_crowd, by_share, constant = gate.weights.tolist()
-        count = np.maximum(np.arange(longest + 1), 1)
-        table = self.constant("by_count", (by_share / count + constant).astype(np.float32))
-        pictures = self.node("Shape", "features", name="pictures", start=0, end=1)
-        rest = self.node("Gather", table, pictures, name="rest")  # (1,)
-        # The mean of all cosines with the mean is the square of the mean's length.
-        rest = self.node("Gemm", mean, mean, rest, name="crowd", transB=1, alpha=by_crowd)
-        told = self.node("Gemm", own, mean, rest, name="told", transB=1, alpha=by_own)  # (n, 1)
-        self.node("Reshape", told, self.constant("row", np.array([-1])), name="gate")
-
     def save(self, file: Path, width: int, classes: int) -> None:
-        def value(name: str, *shape: str | int, kind: int = TensorProto.FLOAT) -> Any:
-            return helper.make_tensor_value_info(name, kind, shape)
+        def value(name: str, *shape: str | int) -> Any:
+            return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
         graph = helper.make_graph(
             self.nodes,
             "iciia",
             [
-                value("features", "pictures", width),
-                value("rows", "rows", kind=TensorProto.INT64),
+                value("before", "earlier", width),
+                value("features", "new", width),
             ],
-            [value("logits", "rows", classes), value("gate", "rows")],
+            [value("logits", "new", classes)],
             list(self.constants.values()),
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(_CONTRIB, 1)]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cloud_server.errors import ModelError
-from cloud_server.training.iciia.recognizer import BACKBONE, CONFIG, WEIGHTS, Adapted, Recognizer
+from cloud_server.training.iciia.module import Iciia
+from cloud_server.training.iciia.recognizer import BACKBONE, CONFIG, WEIGHTS, Recognizer
 from edge_agent.config import LONGEST_HISTORY
 from export import attention
 from export.errors import ExportError
@@ -40,7 +41,7 @@ class RecognizerSource:
         return (
             (NAMES["backbone"], (backbone,), lambda: _backbone(self.model)),
             (NAMES["head"], (backbone,), lambda: _head(self.model)),
-            (NAMES["adapted"], own, lambda: _adapted(self.model.adapted)),
+            (NAMES["adapted"], own, lambda: _adapted(self.model.iciia)),
         )
 
     def manifest(self) -> Mapping[str, Any]:
@@ -53,6 +54,7 @@ class RecognizerSource:
             "width": backbone.width,
             "digest": digest_of(self.folder / BACKBONE),
             "history": self.model.history,
+            "least_history": self.model.least_history,
             **NAMES,
         }
 
@@ -89,26 +91,36 @@ def _head(model: Recognizer) -> Network:
     return _network(head, ("features",), ("logits",), (few,), dims, [(few[:1],), (many,)])
 
 
-def _adapted(model: Adapted) -> Network:
-    """Features (B, D) of a client and rows (n,) to their logits (n, C) and gate (n,)."""
-    rng, width = torch.Generator().manual_seed(0), model.iciia.config.width
+class Adapted(nn.Module):
+    """Earlier features (k, D) of a client and new ones (n, D) to the logits (n, C) of the new."""
 
-    def sequence(pictures: int, *rows: int) -> tuple[Tensor, Tensor]:
-        return torch.randn(pictures, width, generator=rng).relu(), torch.tensor(rows)
+    def __init__(self, iciia: Iciia) -> None:
+        super().__init__()
+        self.iciia = iciia
 
-    pictures = torch.export.Dim("pictures", min=2, max=LONGEST_HISTORY + TOGETHER)
-    dims = ({0: pictures}, {0: torch.export.Dim("rows", max=TOGETHER)})
-    samples = [sequence(16, 15), sequence(2, 1), sequence(31, *range(15, 31)), sequence(61, 60)]
-    names = ("features", "rows"), ("logits", "gate")
-    if attention.fits(model.iciia):
-        longest = LONGEST_HISTORY + TOGETHER
-        return Network(
-            model.eval(),
-            *names,
-            lambda file: attention.write(model.iciia, model.gate, file, longest),
-            samples,
-        )
-    return _network(model, *names, sequence(9, 3, 8, 5), dims, samples)
+    def forward(self, before: Tensor, features: Tensor) -> Tensor:
+        rows = torch.arange(features.shape[0]) + before.shape[0]
+        # As a batch of one client: attention becomes ONNX with a batch only.
+        return self.iciia(torch.cat([before, features])[None], rows)[0]
+
+
+def _adapted(iciia: Iciia) -> Network:
+    rng, width = torch.Generator().manual_seed(0), iciia.config.width
+
+    def pictures(before: int, new: int) -> tuple[Tensor, Tensor]:
+        earlier, now = (torch.randn(n, width, generator=rng).relu() for n in (before, new))
+        return earlier, now
+
+    samples = [pictures(15, 1), pictures(1, 1), pictures(0, 16), pictures(15, 16), pictures(60, 1)]
+    inputs, outputs = ("before", "features"), ("logits",)
+    if attention.fits(iciia):
+        module = Adapted(iciia).eval()
+        return Network(module, inputs, outputs, lambda file: attention.write(iciia, file), samples)
+    dims = (
+        {0: torch.export.Dim("before", max=LONGEST_HISTORY)},
+        {0: torch.export.Dim("batch", max=TOGETHER)},
+    )
+    return _network(Adapted(iciia), inputs, outputs, pictures(6, 3), dims, samples)
 
 
 def _network(

@@ -275,13 +275,12 @@ def make_clip(folder: Path, seed: int = 0, width: int = 32) -> Path:
 
 
 def make_recognizer(folder: Path, seed: int = 0, classes: int = 7) -> Path:
-    """Write a random recogniser of 32-pixel pictures, its gate half open, and return `folder`."""
+    """Write a random recogniser of 32-pixel pictures, asked from one on, and return `folder`."""
     import timm
 
     from cloud_server.training.iciia.backbone import Backbone
-    from cloud_server.training.iciia.gate import Gate
     from cloud_server.training.iciia.module import Iciia, IciiaConfig
-    from cloud_server.training.iciia.recognizer import Adapted, Recognizer
+    from cloud_server.training.iciia.recognizer import Recognizer
 
     torch.manual_seed(seed)
     network = timm.create_model(
@@ -290,9 +289,7 @@ def make_recognizer(folder: Path, seed: int = 0, classes: int = 7) -> Path:
         channels=[8, 8, 16, 32],
         pretrained_cfg_overlay={"input_size": (3, 32, 32), "crop_pct": 1.0},
     )
-    gate = Gate(32)
-    gate.weights[0] = 1.0  # follows those that it is near to
-    adapted = Adapted(Iciia(IciiaConfig(width=32, classes=classes, groups=8)), gate)
+    iciia = Iciia(IciiaConfig(width=32, classes=classes, groups=8))
     names = tuple(f"class {i}" for i in range(classes))
-    Recognizer(Backbone(network.eval()), adapted.eval(), names, {"seed": seed}).save(folder)
+    Recognizer(Backbone(network.eval()), iciia.eval(), 1, names, {"seed": seed}).save(folder)
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Recognition:
     """What is in `file`, the likeliest first.
 
     `history` pictures of the client were looked at; `adapted` says whether they had a say, which
-    they have not where they would rather mislead. `note` is for the owner.
+    they have not where they are too few. `note` is for the owner.
     """
 
     file: Path
@@ -126,8 +126,8 @@ class Recognizer:
         logits, adapted = self._logits(features, before)
         context = len(before) + len(pictures) - 1
         return [
-            Recognition(file, self._labels(row), bool(asked), context, kept.note)
-            for file, row, asked in zip(pictures, logits, adapted, strict=True)
+            Recognition(file, self._labels(row), adapted, context, kept.note)
+            for file, row in zip(pictures, logits, strict=True)
         ]
 
     def _labels(self, logits: Features) -> tuple[Label, ...]:
@@ -136,16 +136,9 @@ class Recognizer:
         names = self._spec.classes
         return tuple(Label(names[i], float(odds[i] / odds.sum())) for i in best)
 
-    def _logits(
-        self, features: Features, before: Features
-    ) -> tuple[Features, np.ndarray[Any, Any]]:
-        """Return logits (n, C) of new features, and for each whether its context had a say."""
-        n, context = len(features), len(before) + len(features) - 1
-        if context == 0 or self._length == 0:
-            return self._head.run({"features": features})[0], np.zeros(n, bool)
-        sequence = np.concatenate([before, features])
-        rows = np.arange(len(before), len(sequence), dtype=np.int64)
-        logits, gate = self._adapted.run({"features": sequence, "rows": rows})
-        if (shut := gate <= 0).any():
-            logits[shut] = self._head.run({"features": features[shut]})[0]
-        return logits, ~shut
+    def _logits(self, features: Features, before: Features) -> tuple[Features, bool]:
+        """Return logits (n, C) of new features, and whether their context had a say."""
+        least, context = self._spec.least_history, len(before) + len(features) - 1
+        if least is None or context < least or self._length == 0:
+            return self._head.run({"features": features})[0], False
+        return self._adapted.run({"before": before, "features": features})[0], True

@@ -29,7 +29,7 @@ has_emoji = pytest.mark.skipif(
 def test_a_committed_recogniser_opens_and_is_small(name: str, classes: int) -> None:
     model = Recognizer.load(ROOT / name)
     assert len(model.classes) == len(set(model.classes)) == classes
-    assert model.backbone.width == model.adapted.iciia.config.width == 256
+    assert model.backbone.width == model.iciia.config.width == 256
     size = sum(file.stat().st_size for file in (ROOT / name).rglob("*") if file.is_file())
     assert size < 5e6
 
@@ -61,11 +61,10 @@ def test_the_device_names_emoji_as_torch_does(tmp_path: Path, amount: int, histo
         same(logits, model.plain(torch.from_numpy(theirs)))
         clients = by_client(samples.clients["random"][test], np.arange(len(test)))
         met = stream(clients, history, 0)
-        rows = np.array([history])
         for target, before in zip(met.targets, met.before, strict=True):
-            sequence = np.append(before, target)
-            got = adapted.run({"features": ours[sequence], "rows": rows})[0]
-            same(got, model.adapted(torch.from_numpy(theirs[sequence]), torch.tensor(rows))[0])
+            (got,) = adapted.run({"before": ours[before], "features": ours[target][None]})
+            sequence = torch.from_numpy(theirs[np.append(before, target)])
+            same(got, model.iciia(sequence)[-1:])
 
 
 def same(got: np.ndarray, want: torch.Tensor) -> None:

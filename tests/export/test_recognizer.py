@@ -38,13 +38,11 @@ def test_the_device_answers_as_torch_does(tmp_path: Path) -> None:
         x = torch.from_numpy(features)
         np.testing.assert_allclose(features, model.backbone(torch.from_numpy(pictures)), atol=1e-4)
         np.testing.assert_allclose(head.run({"features": features})[0], model.plain(x), atol=1e-4)
-        for length, asked in ((2, [1]), (16, [15]), (20, [17, 3, 18]), (13, list(range(13)))):
-            rows = np.array(asked, np.int64)
-            got = adapted.run({"features": features[:length], "rows": rows})
-            for one, other in zip(
-                got, model.adapted(x[:length], torch.from_numpy(rows)), strict=True
-            ):
-                np.testing.assert_allclose(one, other, atol=1e-4)
+        for earlier, new in ((1, 1), (15, 1), (4, 16), (0, 13), (0, 1)):
+            before, now = features[:earlier], features[earlier : earlier + new]
+            (got,) = adapted.run({"before": before, "features": now})
+            want = model.iciia(x[: earlier + new])[earlier:]
+            np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def traced(network: Network, folder: Path) -> Session:
@@ -63,7 +61,8 @@ def test_the_manifest_says_how_pictures_are_read_and_who_made_features(
     assert [row.kept for row in rows] == [True] * 4 + [False] * 3
     spec = open_bundle(path).recognizer
     assert spec is not None
-    assert (spec.side, spec.crop, spec.width, spec.history) == (32, 1.0, 32, 15)
+    assert (spec.side, spec.crop, spec.width) == (32, 1.0, 32)
+    assert (spec.history, spec.least_history) == (15, 1)
     assert spec.classes == tuple(f"class {i}" for i in range(7))
     assert spec.digest == digest_of(with_recognizer.recognizer.folder / "backbone")
 
@@ -75,7 +74,7 @@ def test_another_module_on_the_same_backbone_keeps_the_backbone(
     folder = with_recognizer.recognizer.folder
     changed = Recognizer.load(folder)
     with torch.no_grad():
-        changed.adapted.iciia.head.bias.add_(1.0)
+        changed.iciia.head.bias.add_(1.0)
     changed.save(folder)
     _, rows = export_bundle(replace(with_recognizer, recognizer=open_recognizer(folder)))
     assert [row.kept for row in rows] == [True] * 6 + [False]

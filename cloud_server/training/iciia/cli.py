@@ -143,7 +143,7 @@ def evaluate_recognizer(
         f"cloud-server evaluate-recognizer {setup.source} --recognizer {recognizer} "
         f"--layers {setup.layers} --dropout {setup.dropout:g} --optimizer {setup.optimizer} "
         f"--learning-rate {setup.learning_rate:g} --clients-at-once {setup.clients_at_once} "
-        f"--epochs {setup.epochs} --seeds {seeds}"
+        f"--epochs {setup.epochs} --strangers {setup.strangers:g} --seeds {seeds}"
         + (f" --groups {setup.groups}" if setup.groups else "")
         + (f" --clients {setup.clients}" if setup.clients else "")
         + (" --learn-head" if setup.learn_head else "")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cloud_server.training.iciia.baselines import fine_tuned, head_trained_on, prompt_tuned
-from cloud_server.training.iciia.gate import LEVELS, fit_gate
+from cloud_server.training.iciia.gate import least_history
 from cloud_server.training.iciia.learn import (
     SEQUENCE,
     Cohort,
@@ -30,6 +30,7 @@ from cloud_server.training.iciia.module import Iciia, IciiaConfig, tiny_groups
 from cloud_server.training.iciia.samples import mixed_clients
 
 HISTORIES = (0, 1, 2, 3, 5, 8, 15, 30, 40, 60)
+LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of heterogeneity
 TARGETS = 4000  # of the test split, for a point of a curve
 SWEPT_LAYERS, SWEPT_GROUPS = (1, 2, 3), (1, 4, 16, 64)
 BASE, TINY = "ICIIA-B", "ICIIA-T"
@@ -205,7 +206,7 @@ def _histories(subject: Subject, named: Tensor) -> dict[str, dict[str, dict[str,
     for seed in subject.seeds:
         forms = {name: form for name, form in subject.methods.items() if name in (BASE, TINY)}
         models = {name: subject.trained(form, seed) for name, form in forms.items()}
-        gate = fit_gate(models[TINY], named, cohort, seed)
+        least = least_history(models[TINY], named, cohort, seed)
         for k in HISTORIES:
             met = stream(test, k, seed, TARGETS)
             if not len(met.targets):
@@ -215,8 +216,8 @@ def _histories(subject: Subject, named: Tensor) -> dict[str, dict[str, dict[str,
                 name: answers(model, cohort.features, met).argmax(-1)
                 for name, model in models.items()
             }
-            asked = answers(gate, cohort.features, met) > 0 if k else torch.zeros_like(plain) > 0
-            said |= {"gated": torch.where(asked, said[TINY], plain), "backbone": plain}
+            asked = least is not None and k >= least
+            said |= {"gated": said[TINY] if asked else plain, "backbone": plain}
             for name, answer in said.items():
                 share = 100 * (answer == wanted).float().mean().item()
                 found.setdefault(name, {}).setdefault(str(k), []).append(share)
@@ -231,7 +232,7 @@ def _heterogeneity(subject: Subject, named: Tensor, tell: Told) -> dict[str, dic
     labels, found = torch.from_numpy(subject.cohort.labels), dict[str, dict[str, list[float]]]()
     for seed in subject.seeds:
         once = subject.trained(subject.tiny, seed)
-        gate = fit_gate(once, named, subject.cohort, seed)
+        least = least_history(once, named, subject.cohort, seed)
         for level in LEVELS:
             tell(f"heterogeneity {level:g}, seed {seed}")
             cohort = subject.mixed(level, seed)
@@ -239,8 +240,8 @@ def _heterogeneity(subject: Subject, named: Tensor, tell: Told) -> dict[str, dic
             if not len(met.targets):
                 continue
             wanted, plain = labels[met.targets], named[met.targets]
-            asked = answers(gate, cohort.features, met) > 0
-            gated = torch.where(asked, answers(once, cohort.features, met).argmax(-1), plain)
+            asked = least is not None and least <= SEQUENCE - 1
+            gated = answers(once, cohort.features, met).argmax(-1) if asked else plain
             said = {"trained at 1, gated": gated, "backbone": plain}
             if not subject.brief:
                 model = subject.trained(subject.tiny, seed, cohort)

@@ -1,8 +1,9 @@
 """The one training run (section 3.3): the backbone is frozen, every batch is of one client.
 
 Beyond the paper a client's pictures are shuffled anew in every epoch and the length of batches
-varies, because a device meets its pictures in any order and starts with few; and a step goes by
-the batches of several clients side by side, none of which sees another, which costs a third.
+varies, because a device meets its pictures in any order and starts with few; a share of batches is
+of everybody's pictures, because a device may meet those as well and must not be misled by them;
+and a step goes by several batches side by side, none of which sees another, which costs a third.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cloud_server.training.iciia.module import Iciia, IciiaConfig
 from cloud_server.training.iciia.samples import SPLITS, Ints, by_client
 
 SEQUENCE = 16  # pictures: 15 of history and the one asked for
-SHORTEST, LONGEST = 2, 32
+SHORTEST, LONGEST = 1, 32
 WARMUP = 0.05  # of the steps
 Optimizer = Literal["sgd", "adamw"]
 
@@ -48,6 +49,7 @@ class Schedule:
     patience: int = 10  # epochs without a gain that end an "sgd" run
     varied: float = 0.5  # share of batches that are of another length than SEQUENCE
     learn_head: bool = False  # the paper's way; few pictures a head learns by heart
+    strangers: float = 0.25  # share of each client's pictures that are met among everybody's
 
     def over(self, waited: int) -> bool:
         """Whether so many epochs without a gain end the run."""
@@ -155,18 +157,31 @@ class Steps:
         self.optimizer.step()
 
 
-def batches(clients: Sequence[Ints], varied: float, seed: tuple[int, ...]) -> Iterator[Ints]:
-    """Yield every picture once, in batches of one client each, clients and pictures shuffled."""
+def batches(
+    clients: Sequence[Ints], varied: float, seed: tuple[int, ...], strangers: float = 0.0
+) -> Iterator[Ints]:
+    """Yield every picture once, in batches of one client each, clients and pictures shuffled.
+
+    Of each client's pictures a share of `strangers` is put together, as if of one client more.
+    """
     rng = np.random.default_rng(seed)
     cut: list[Ints] = []
-    for client in clients:
-        left = rng.permutation(client)
+
+    def add(left: Ints) -> None:
         while len(left):
             length = SEQUENCE
             if rng.random() < varied:
-                length = int(rng.integers(SHORTEST, LONGEST + 1))
+                # Short ones as often as long ones, or none would learn to do without a history.
+                length = int(np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST + 1))))
             cut.append(left[:length])
             left = left[length:]
+
+    everybody: list[Ints] = []
+    for client in clients:
+        away, own = np.split(rng.permutation(client), [round(strangers * len(client))])
+        everybody.append(away)
+        add(own)
+    add(rng.permutation(np.concatenate(everybody)))
     for i in rng.permutation(len(cut)):
         yield cut[i]
 
@@ -174,7 +189,7 @@ def batches(clients: Sequence[Ints], varied: float, seed: tuple[int, ...]) -> It
 def stacks(clients: Sequence[Ints], schedule: Schedule, seed: tuple[int, ...]) -> Iterator[Ints]:
     """Yield batches of equal length side by side, (at most `schedule.clients`, length)."""
     waiting: dict[int, list[Ints]] = {}
-    for batch in batches(clients, schedule.varied, seed):
+    for batch in batches(clients, schedule.varied, seed, schedule.strangers):
         same = waiting.setdefault(len(batch), [])
         same.append(batch)
         if len(same) == schedule.clients:

@@ -83,6 +83,14 @@ _OPTIONS = (
         help="Train the backbone's head on with the module, as the paper does: better where "
         "pictures are many; few it learns by heart.",
     ),
+    click.option(
+        "--strangers",
+        type=click.FloatRange(0.0, 1.0),
+        default=0.25,
+        show_default=True,
+        help="Share of pictures that are learnt among those of all clients, so that the module "
+        "does not believe every history; the paper's is 0.",
+    ),
     click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."),
 )
@@ -104,6 +112,7 @@ class Setup:
     clients_at_once: int
     epochs: int
     learn_head: bool
+    strangers: float
     device: str | None
     threads: int | None
 
@@ -117,6 +126,7 @@ class Setup:
             self.clients_at_once,
             epochs=self.epochs,
             learn_head=self.learn_head,
+            strangers=self.strangers,
         )
 
     def open_device(self) -> str:

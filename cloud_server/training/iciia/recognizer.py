@@ -1,4 +1,4 @@
-"""A trained recogniser as a folder: backbone, module, gate, and the names of its classes."""
+"""A trained recogniser as a folder: backbone, module, when to ask it, and the classes' names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from cloud_server.errors import ModelError
 from cloud_server.training.iciia.backbone import Backbone, open_backbone
-from cloud_server.training.iciia.gate import Gate
 from cloud_server.training.iciia.learn import SEQUENCE
 from cloud_server.training.iciia.module import Iciia, IciiaConfig
 
@@ -24,24 +23,16 @@ WEIGHTS = "iciia.safetensors"
 BACKBONE = "backbone"
 
 
-class Adapted(nn.Module):
-    """Features (B, D) of a client and rows (n,) to logits (n, C) and the gate (n,)."""
-
-    def __init__(self, iciia: Iciia, gate: Gate) -> None:
-        super().__init__()
-        self.iciia, self.gate = iciia, gate
-
-    def forward(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        # As a batch of one client: attention becomes ONNX with a batch only.
-        return self.iciia(features[None], rows)[0], self.gate(features, rows)
-
-
 @dataclass(frozen=True, slots=True)
 class Recognizer:
-    """What `train-recognizer` makes; `history` is how many pictures it is best given."""
+    """What `train-recognizer` makes; `history` is how many pictures it is best given.
+
+    Below `least_history` the backbone is asked alone, always where that is None.
+    """
 
     backbone: Backbone
-    adapted: Adapted
+    iciia: Iciia
+    least_history: int | None
     classes: tuple[str, ...]
     about: Mapping[str, Any]
     history: int = SEQUENCE - 1
@@ -50,13 +41,12 @@ class Recognizer:
         """Write the folder; weights in half precision, the configuration last."""
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.save(folder / BACKBONE)
-        weights = {k: v.detach().cpu() for k, v in self.adapted.state_dict().items()}
-        # The gate's few numbers decide between two heads and stay as they were fitted.
-        half = {k: v if k.startswith("gate.") else v.half() for k, v in weights.items()}
-        save_file({k: v.contiguous() for k, v in half.items()}, folder / WEIGHTS)
+        weights = self.iciia.state_dict().items()
+        save_file({k: v.detach().cpu().half().contiguous() for k, v in weights}, folder / WEIGHTS)
         config = {
-            "iciia": asdict(self.adapted.iciia.config),
+            "iciia": asdict(self.iciia.config),
             "history": self.history,
+            "least_history": self.least_history,
             "about": self.about,
             "classes": self.classes,
         }
@@ -68,19 +58,18 @@ class Recognizer:
         """Read what `save` wrote; raises ModelError."""
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            sizes = IciiaConfig(**config["iciia"])
-            adapted = Adapted(Iciia(sizes), Gate(sizes.width))
+            iciia = Iciia(IciiaConfig(**config["iciia"]))
             weights = load_file(folder / WEIGHTS)
-            adapted.load_state_dict({k: v.float() for k, v in weights.items()})
+            iciia.load_state_dict({k: v.float() for k, v in weights.items()})
             classes, history = tuple(config["classes"]), int(config["history"])
-            about = config["about"]
+            least, about = config["least_history"], config["about"]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as err:
             raise ModelError(
                 f"'{folder}' is no usable recogniser ({str(err).splitlines()[0]}); pass the folder "
                 "that cloud-server train-recognizer wrote"
             ) from err
         backbone = open_backbone(str(folder / BACKBONE))
-        return cls(backbone, adapted.eval(), classes, about, history)
+        return cls(backbone, iciia.eval(), least, classes, about, history)
 
     @torch.inference_mode()
     def plain(self, features: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from cloud_server.training.iciia.backbone import (
     open_backbone,
     train_backbone,
 )
-from cloud_server.training.iciia.gate import fit_gate
+from cloud_server.training.iciia.gate import least_history
 from cloud_server.training.iciia.learn import Cohort, Schedule
 from cloud_server.training.iciia.learn import train as learn
 from cloud_server.training.iciia.module import IciiaConfig, tiny_groups
-from cloud_server.training.iciia.recognizer import Adapted, Recognizer
+from cloud_server.training.iciia.recognizer import Recognizer
 from cloud_server.training.iciia.samples import Samples, mixed_clients, read_manifest
 from cloud_server.training.iciia.worlds import SIDE, EmojiWorld, omniglot
 from cloud_server.training.loop import Budget
@@ -123,7 +123,14 @@ def train(plan: Plan, out: Path) -> Iterator[str]:
         learnt, config, plan.schedule, plan.seed, plan.work, start=backbone.classifier
     )
     yield f"with 15 others of the same client {right:.2%}"
-    gate = fit_gate(model, named, cohort, plan.seed)
+    least = least_history(model, named, cohort, plan.seed)
+    if least is None:
+        yield (
+            "it would mislead clients who are all alike, whatever their history, and is never "
+            "asked; train with more --strangers"
+        )
+    else:
+        yield f"it is asked from {least} pictures of history on"
     about = {
         "source": plan.source,
         "clients": plan.clients or next(iter(samples.clients)),
@@ -132,4 +139,4 @@ def train(plan: Plan, out: Path) -> Iterator[str]:
         "schedule": asdict(plan.schedule),
         "validation": {"backbone": plain, "iciia": right},
     }
-    Recognizer(backbone, Adapted(model, gate).eval(), samples.classes, about).save(out)
+    Recognizer(backbone, model, least, samples.classes, about).save(out)

@@ -20,11 +20,11 @@ DIGEST = "ab" * 32
 def _recognizer(folder: Path) -> dict[str, Path]:
     """Features are mean colours; the head names the strongest, unless all are weak: dark.
 
-    Adapted, the mean of all pictures counts twice; the gate opens from three pictures on.
+    Adapted, the mean of all pictures counts twice.
     """
     weights = np.array([[2.0, -1, -1, -1], [-1, 2, -1, -1], [-1, -1, 2, -1]])
     bias = tensor("bias", [0.0, 0, 0, 0.5])
-    features, rows = ["n", 3], ["m"]
+    features = ["n", 3]
     backbone = save(
         folder / "recognizer_backbone/model.onnx",
         [
@@ -46,28 +46,15 @@ def _recognizer(folder: Path) -> dict[str, Path]:
     adapted = save(
         folder / "recognizer_adapted/model.onnx",
         [
-            helper.make_node("Gather", ["features", "rows"], ["own"], axis=0),
-            helper.make_node("ReduceMean", ["features", "first"], ["mean"], keepdims=1),
+            helper.make_node("Concat", ["before", "features"], ["all"], axis=0),
+            helper.make_node("ReduceMean", ["all", "first"], ["mean"], keepdims=1),
             helper.make_node("Add", ["mean", "mean"], ["twice"]),
-            helper.make_node("Add", ["own", "twice"], ["both"]),
+            helper.make_node("Add", ["features", "twice"], ["both"]),
             helper.make_node("Gemm", ["both", "weights", "bias"], ["logits"]),
-            helper.make_node("Shape", ["features"], ["shape"]),
-            helper.make_node("Slice", ["shape", "zero", "one"], ["count"]),
-            helper.make_node("Cast", ["count"], ["length"], to=TensorProto.FLOAT),
-            helper.make_node("Sub", ["length", "enough"], ["over"]),
-            helper.make_node("Shape", ["rows"], ["asked"]),
-            helper.make_node("Expand", ["over", "asked"], ["gate"]),
         ],
-        {"features": (TensorProto.FLOAT, features), "rows": (TensorProto.INT64, rows)},
-        {"logits": ["m", 4], "gate": ["m"]},
-        [
-            tensor("weights", weights),
-            bias,
-            tensor("first", [0], np.int64),
-            tensor("zero", [0], np.int64),
-            tensor("one", [1], np.int64),
-            tensor("enough", 3.5),
-        ],
+        {"before": (TensorProto.FLOAT, ["k", 3]), "features": (TensorProto.FLOAT, features)},
+        {"logits": ["n", 4]},
+        [tensor("weights", weights), bias, tensor("first", [0], np.int64)],
     )
     return {"backbone": backbone, "head": head, "adapted": adapted}
 
@@ -88,6 +75,7 @@ def recognizing_bundle(tiny_bundle: Path) -> Path:
             "width": 3,
             "digest": DIGEST,
             "history": 15,
+            "least_history": 3,
             **{name: f"recognizer_{name}" for name in files},
         }
 

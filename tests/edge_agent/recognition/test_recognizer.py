@@ -54,7 +54,7 @@ def test_a_history_changes_what_a_dim_picture_is_taken_for(
     assert best(recognizer.recognize(dim, "nobody")) == "dark"
     seen = [recognizer.recognize(picture("r.png", 250, 9, 9), "anna") for _ in range(4)]
     assert [one.history for one in seen] == [0, 1, 2, 3]
-    assert [one.adapted for one in seen] == [False, False, False, True]  # as the gate says
+    assert [one.adapted for one in seen] == [False, False, False, True]  # as the bundle says
     found = recognizer.recognize(dim, "anna")
     assert (best(found), found.adapted, found.history) == ("red", True, 4)
     assert best(recognizer.recognize(dim, "bert")) == "dark"

@@ -119,7 +119,7 @@ def test_the_commands_from_a_manifest_to_a_report(manifest: Path, tmp_path: Path
     assert ran.exit_code == 0, ran.output
     model = Recognizer.load(out)
     assert model.classes == ("colour 0", "colour 1", "colour 2", "colour 3")
-    assert model.adapted.iciia.config.dropout == 0.2
+    assert model.iciia.config.dropout == 0.2
     again = CliRunner().invoke(main, train)  # all is there already
     assert again.exit_code == 0, again.output
     measure = ["evaluate-recognizer", str(manifest), "--recognizer", str(out), "-o"]

@@ -1,47 +1,65 @@
-"""The gate's threshold: over it the module harms no more pictures than it helps."""
+"""From which length of history on the module is asked: where it takes nothing from anybody."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from torch import Tensor
 
-from cloud_server.training.iciia.gate import harmless
-
-
-def over(scores: torch.Tensor, helped: torch.Tensor, threshold: float) -> int:
-    """Return how many more are helped than harmed over a threshold."""
-    return int((2 * helped.long() - 1)[scores > threshold].sum())
+from cloud_server.training.iciia.gate import least_history
+from cloud_server.training.iciia.learn import Cohort
+from cloud_server.training.iciia.module import Iciia, IciiaConfig
 
 
-def test_stays_where_it_does_no_harm() -> None:
-    scores, helped = torch.tensor([2.0, 1.0, -1.0]), torch.tensor([True, False, False])
-    assert harmless(scores, helped) == 0.0
+class FromFive(Iciia):
+    """Names every picture rightly that is a number and its own features, from five others on."""
+
+    def forward(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+        assert rows is not None
+        own = features.index_select(-2, rows)
+        return own if features.shape[-2] > 5 else own.flip(-1)
 
 
-def test_rises_over_what_it_would_spoil() -> None:
-    scores = torch.tensor([1.0, 4.0, 3.0, 2.0])
-    helped = torch.tensor([False, True, False, False])
-    assert harmless(scores, helped) == 2.0
+@pytest.fixture
+def model() -> FromFive:
+    return FromFive(IciiaConfig(width=32, classes=32, layers=1, groups=2))
 
 
-def test_rises_over_everything_where_nothing_is_helped() -> None:
-    scores = torch.tensor([1.0, 3.0, 2.0])
-    assert harmless(scores, torch.zeros(3, dtype=torch.bool)) == 3.0
+@pytest.fixture
+def plain_cohort(cohort: Cohort) -> Cohort:
+    """The cohort's clients and splits, with features that are the label itself."""
+    labels = cohort.labels % 16
+    return replace(cohort, features=torch.eye(32)[labels], labels=labels)
 
 
-def test_a_little_harm_may_be_allowed() -> None:
-    scores = torch.tensor([1.0, 4.0, 3.0, 2.0])
-    helped = torch.tensor([False, True, False, False])
-    assert harmless(scores, helped, allowed=1) == 1.0
-    assert harmless(scores, helped, allowed=2) == 0.0
+def some_right(cohort: Cohort, share: float) -> Tensor:
+    """Return names of which a share is right, spread evenly."""
+    wrong = np.arange(len(cohort.labels)) % 100 >= 100 * share
+    return torch.from_numpy(np.where(wrong, 31, cohort.labels))
 
 
-@given(st.lists(st.tuples(st.integers(-20, 20), st.booleans()), unique_by=lambda one: one[0]))
-def test_is_the_lowest_harmless_threshold(cases: list[tuple[int, bool]]) -> None:
-    scores = torch.tensor([float(score) for score, _ in cases])
-    helped = torch.tensor([good for _, good in cases], dtype=torch.bool)
-    found = harmless(scores, helped)
-    assert over(scores, helped, found) >= 0
-    lower = [0.0, *(s for s in scores.tolist() if s > 0)]
-    assert all(over(scores, helped, other) < 0 for other in lower if other < found)
+def test_it_is_the_shortest_from_which_on_nothing_is_lost(
+    model: FromFive, plain_cohort: Cohort
+) -> None:
+    assert least_history(model, some_right(plain_cohort, 0.5), plain_cohort, 0) == 5
+    assert least_history(model, some_right(plain_cohort, 1.0), plain_cohort, 0) == 5
+
+
+def test_however_good_it_is_not_asked_without_a_history(
+    model: FromFive, plain_cohort: Cohort
+) -> None:
+    assert least_history(model, some_right(plain_cohort, 0.0), plain_cohort, 0) == 1
+
+
+def test_what_is_never_as_good_is_never_asked(model: FromFive, plain_cohort: Cohort) -> None:
+    turned = replace(plain_cohort, features=plain_cohort.features.flip(-1))
+    assert least_history(model, some_right(plain_cohort, 1.0), turned, 0) is None
+
+
+def test_lengths_that_no_client_has_are_not_judged(model: FromFive, plain_cohort: Cohort) -> None:
+    few = replace(plain_cohort, clients=np.arange(len(plain_cohort.labels)) // 12)
+    assert least_history(model, some_right(few, 0.0), few, 0) == 1  # of three pictures each
+    assert least_history(model, some_right(few, 1.0), few, 0) is None

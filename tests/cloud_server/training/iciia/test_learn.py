@@ -1,4 +1,4 @@
-"""Training finds what only the client tells, resumes where it was killed, and gates itself."""
+"""Training finds what only the client tells, and resumes where it was killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from cloud_server.training.iciia import learn
-from cloud_server.training.iciia.gate import SIGNS, Gate, fit_gate
 from cloud_server.training.iciia.learn import (
     Cohort,
     Optimizer,
@@ -23,7 +22,6 @@ from cloud_server.training.iciia.learn import (
     train,
 )
 from cloud_server.training.iciia.module import Iciia, IciiaConfig
-from cloud_server.training.iciia.samples import mixed_clients
 
 CONFIG = IciiaConfig(width=32, classes=40, layers=1, groups=2)
 FAST = Schedule(learning_rate=0.05, clients=1, epochs=12)
@@ -41,6 +39,14 @@ def test_every_batch_is_of_one_client_and_every_picture_comes_once() -> None:
     assert not (later == np.concatenate(seen)).all()
 
 
+def test_strangers_meet_and_every_picture_comes_once_all_the_same() -> None:
+    clients = [np.arange(0, 64), np.arange(64, 128)]
+    seen = list(batches(clients, 0.0, (0,), strangers=0.25))
+    assert sorted(np.concatenate(seen).tolist()) == list(range(128))
+    together = [batch for batch in seen if len(set(batch // 64)) == 2]
+    assert sorted(np.concatenate(together) // 64) == [0] * 16 + [1] * 16
+
+
 def test_lengths_vary_where_asked_for() -> None:
     clients = [np.arange(2000)]
     assert {len(b) for b in batches(clients, 0.0, (0,))} == {16}
@@ -51,7 +57,7 @@ def test_lengths_vary_where_asked_for() -> None:
 
 def test_clients_side_by_side_lose_and_mix_nothing() -> None:
     clients = [np.arange(100 * i, 100 * i + 37) for i in range(9)]
-    schedule, seen = Schedule(clients=4, varied=0.3), []
+    schedule, seen = Schedule(clients=4, varied=0.3, strangers=0.0), []
     for stack in stacks(clients, schedule, (0, 1)):
         assert len(stack) <= 4
         assert all(len(set(row // 100)) == 1 for row in stack)
@@ -90,7 +96,7 @@ def test_history_tells_what_the_picture_alone_does_not(trained: Iciia, cohort: C
         met = stream(cohort.of("test"), k, seed=0)
         named = answers(trained, cohort.features, met).argmax(-1)
         right[k] = (named == labels[met.targets]).float().mean().item()
-    assert right[8] > right[0] + 0.1
+    assert right[8] > right[0] + 0.05
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -137,43 +143,3 @@ def test_other_data_or_settings_never_resume_a_run(cohort: Cohort, tmp_path: Pat
     )
     train(cohort, replace(CONFIG, groups=1), short, 0, tmp_path, shown=False)
     assert len(list(tmp_path.glob("iciia-*.pt"))) == 3
-
-
-def test_the_gates_signs_are_what_their_names_say() -> None:
-    torch.manual_seed(0)
-    gate, x = Gate(16), torch.randn(6, 16)
-    signs = dict(zip(SIGNS, gate.signs(x, torch.tensor([2]))[0].tolist(), strict=True))
-    unit = x / x.norm(dim=1, keepdim=True)
-    cosines = (unit @ unit.T).numpy()
-    assert signs["own"] == pytest.approx(cosines[2].mean(), abs=1e-5)
-    assert signs["crowd"] == pytest.approx(cosines.mean(), abs=1e-5)
-    assert signs["share"] == pytest.approx(1 / 6)
-    assert signs["one"] == 1.0
-
-
-def test_the_gate_stays_shut_where_the_module_is_never_alone_right_or_wrong(
-    trained: Iciia, cohort: Cohort
-) -> None:
-    nothing_right = replace(cohort, labels=np.full(len(cohort.labels), trained.config.classes))
-    plain = torch.zeros(len(cohort.labels), dtype=torch.int64)
-    gate = fit_gate(trained, plain, nothing_right, seed=0)
-    assert not gate.weights.any()
-
-
-def test_the_gate_opens_for_a_client_and_not_for_a_crowd(trained: Iciia, cohort: Cohort) -> None:
-    # This backbone tells the pairs apart by the toss of a coin that favours the odd ones.
-    plain = torch.from_numpy(cohort.labels // 2 * 2 + (np.arange(len(cohort.labels)) % 3 == 0))
-    gate = fit_gate(trained, plain, cohort, seed=0)
-    labels = torch.from_numpy(cohort.labels)
-    gains = {}
-    for level in (0.0, 1.0):
-        mixed = mixed_clients(cohort.clients, cohort.splits, level, 5)
-        met = stream(replace(cohort, clients=mixed).of("test"), 8, seed=2)
-        asked = answers(gate, cohort.features, met) > 0
-        named = torch.where(
-            asked, answers(trained, cohort.features, met).argmax(-1), plain[met.targets]
-        )
-        before = (plain[met.targets] == labels[met.targets]).float().mean()
-        gains[level] = ((named == labels[met.targets]).float().mean() - before).item()
-    assert gains[1.0] > 0.1
-    assert gains[0.0] > -0.05
