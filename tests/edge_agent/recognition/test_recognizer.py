@@ -19,6 +19,7 @@ from edge_agent.errors import BundleError, PictureError
 from edge_agent.gallery.png import read_record
 from edge_agent.recognition.history import History
 from edge_agent.recognition.recognizer import Recognition, Recognizer
+from tests.edge_agent.conftest import edit_manifest
 from tests.edge_agent.recognition.conftest import CLASSES, DIGEST
 
 Write = Callable[..., Path]
@@ -58,6 +59,21 @@ def test_a_history_changes_what_a_dim_picture_is_taken_for(
     found = recognizer.recognize(dim, "anna")
     assert (best(found), found.adapted, found.history) == ("red", True, 4)
     assert best(recognizer.recognize(dim, "bert")) == "dark"
+
+
+def test_a_module_that_is_never_to_be_asked_is_not(
+    recognizing_bundle: Path, picture: Write, tmp_path: Path
+) -> None:
+    edit_manifest(recognizing_bundle, lambda it: it["recognizer"].update(least_history=None))
+    recognizer = opened(recognizing_bundle, tmp_path)
+    seen = [recognizer.recognize(picture("r.png", 250, 9, 9), "anna") for _ in range(5)]
+    assert not any(one.adapted for one in seen)
+
+
+def test_a_bundle_that_does_not_say_when_to_ask_it_is_refused(recognizing_bundle: Path) -> None:
+    edit_manifest(recognizing_bundle, lambda it: it["recognizer"].pop("least_history"))
+    with pytest.raises(BundleError, match=r"no usable 'recognizer\.least_history'"):
+        open_bundle(recognizing_bundle)
 
 
 def test_a_history_goes_on_in_the_next_process(
