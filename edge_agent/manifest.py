@@ -116,6 +116,7 @@ class _Fields:
         return None if self.content.get(key) is None else self.get(key, kind)
 
     def or_null(self, key: str, kind: type[T]) -> T | None:
+        """Return a value that may be null but must be told, unlike one of `maybe`."""
         return self.maybe(key, kind) if key in self.content else self.get(key, kind)
 
     def one_of(self, key: str, *values: str) -> str:

@@ -105,6 +105,7 @@ class Adapted(nn.Module):
 
 
 def _adapted(iciia: Iciia) -> Network:
+    """`Adapted`, written node by node where the form allows it and else traced."""
     rng, width = torch.Generator().manual_seed(0), iciia.config.width
 
     def pictures(before: int, new: int) -> tuple[Tensor, Tensor]:
