@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -44,9 +47,31 @@ def one_sentence(*, debug: bool = False) -> Iterator[None]:
             f"the server needs the package {error.name!r}, which is not installed; run "
             "pip install -c constraints.txt 'routet2i-edge[cloud]'"
         ) from error
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        name = os.fsdecode(error.filename)
+        raise click.ClickException(
+            f"{name} cannot be used ({error.strerror}); name another file or folder"
+        ) from error
     except ServerError as error:
         if debug:
             raise
         wrong_usage = isinstance(error, ConfigError)
         kind = click.UsageError if wrong_usage else click.ClickException
         raise kind(str(error)) from error
+
+
+def check_writable(*folders: Path) -> None:
+    """Make folders that are missing; raise ConfigError where nothing can be written in one.
+
+    For commands that write at the end of long work.
+    """
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ConfigError(
+                f"nothing can be written in the folder {folder} ({error.strerror}); name another"
+            ) from error

@@ -186,9 +186,10 @@ def read_tokenizer(source: str | Path) -> Any:
         ):
             raise OSError("no tokenizer files")
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:  # a damaged tokenizer.json is a bare Exception
+        line = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"the text encoder '{source}' has no tokenizer that can be read; put its "
+            f"the text encoder '{source}' has no tokenizer that can be read ({line}); put its "
             "tokenizer.json, or its vocabulary files, beside its config.json"
         ) from error
     return _fast(tokenizer)

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+WEIGHTS, CONFIG = "predictor.safetensors", "config.json"
+
 
 @dataclass(frozen=True, slots=True)
 class PredictorConfig:
@@ -170,12 +172,12 @@ def save(model: AnyPredictor, folder: Path) -> None:
     weights = {
         name: weight.half().contiguous().cpu() for name, weight in model.state_dict().items()
     }
-    save_file(weights, folder / "predictor.safetensors")
-    (folder / "config.json").write_text(model.config.to_json(), encoding="utf-8")
+    save_file(weights, folder / WEIGHTS)
+    (folder / CONFIG).write_text(model.config.to_json(), encoding="utf-8")
 
 
 def load(folder: Path) -> AnyPredictor:
     """Read what `save` wrote, ready to predict."""
-    model = build(PredictorConfig.from_json((folder / "config.json").read_text(encoding="utf-8")))
-    model.load_state_dict(load_file(folder / "predictor.safetensors"))
+    model = build(PredictorConfig.from_json((folder / CONFIG).read_text(encoding="utf-8")))
+    model.load_state_dict(load_file(folder / WEIGHTS))
     return model.eval()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cloud_server.console import DEVICES, Device, one_sentence
+from cloud_server.console import DEVICES, Device, check_writable, one_sentence
 from cloud_server.errors import ConfigError
 from cloud_server.training.router_source import Source, source_options
 
@@ -87,10 +87,14 @@ def train_router_command(
         from cloud_server.training.encoders import open_encoder
         from cloud_server.training.loop import Budget
         from cloud_server.training.router import Settings
-        from cloud_server.training.router_folder import report, train_router
+        from cloud_server.training.router_folder import check_replaceable, report, train_router
 
         if threads:
             torch.set_num_threads(threads)
+        out = out.resolve()
+        work = work or out.with_name(out.name + ".work")
+        check_replaceable(out)
+        check_writable(out.parent, work)
         material = source.material(calibration)
         settings = Settings(
             predictor, hidden, low_rank, top_k, dropout, single_gate, all_tokens, single_metric
@@ -99,7 +103,7 @@ def train_router_command(
             material,
             open_encoder(named),
             out,
-            work or out.with_name(out.name + ".work"),
+            work,
             Budget(steps=steps, minutes=minutes or (None if steps else 30.0)),
             seed,
             pick_device(device),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cloud_server.errors import ConfigError
 from cloud_server.training import predictor
 from cloud_server.training.encoders import TextEncoder
 from cloud_server.training.labels import Labels
@@ -30,7 +31,9 @@ Floats = NDArray[np.float64]
 HELD_OUT = 0.2
 DEFAULT_SHARE = 0.3
 SHARES = (0.1, 0.3, 0.5)
+FEW = 100  # prompts: a quantile of fewer is off by more than some 4 points
 PROBE = "two red apples to the left of a cat"
+FACTS = "router.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,8 +78,7 @@ def train_router(
     check(labels)
     count = len(labels.prompts)
     features = encoder.encode([*labels.prompts, *material.calibration], device)
-    order = np.random.default_rng(seed).permutation(count)
-    held_out, training = np.split(order, [max(2, round(HELD_OUT * count))])
+    held_out, training = parted(count, seed)
     learned = learn(
         features.some(np.arange(count)),
         labels,
@@ -100,6 +102,23 @@ def train_router(
     return trained
 
 
+def parted(count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return which of `count` labelled prompts a training holds out, and which it learns from."""
+    order = np.random.default_rng(seed).permutation(count)
+    held_out, training = np.split(order, [max(2, round(HELD_OUT * count))])
+    return held_out, training
+
+
+def held_out_by(facts: Mapping[str, Any], labels: Labels) -> NDArray[np.int64] | None:
+    """Return the prompts of labels (ascending) that a router, by its facts, never learnt from.
+
+    None where it learnt from others, or does not say.
+    """
+    if facts.get("learnt_from") != _learnt_from(labels):
+        return None
+    return np.sort(parted(len(labels.prompts), int(facts["seed"]))[0])
+
+
 def report(trained: Trained, material: Material) -> str:
     """Return what was measured on the held-out prompts, as lines of text."""
     held_out, kind = trained.held_out, trained.learned.model.config.kind
@@ -112,13 +131,18 @@ def report(trained: Trained, material: Material) -> str:
         if material.calibration
         else f"the {n} held-out prompts themselves; pass more with --calibration"
     )
+    together = (
+        f"correlate by {value:.2f} (95 % interval {low:.2f} to {high:.2f}) on {n} held-out prompts"
+        if np.isfinite(value)
+        else f"cannot be compared: {n} held-out prompts are too few, or all alike"
+    )
+    fresh = len(material.calibration) or n
     lines = [
         f"{kind} predictor of {numbers} parameters, trained on {len(trained.true) - n} prompts",
-        f"prs: predicted and true correlate by {value:.2f} (95 % interval {low:.2f} to {high:.2f}) "
-        f"on {n} held-out prompts",
+        f"prs: predicted and true {together}",
         f"prs: true mean {true.mean():.3f}, spread {true.std():.3f}; predicted mean "
         f"{predicted.mean():.3f}, spread {predicted.std():.3f}",
-        f"threshold from {where}",
+        f"threshold from {where}" + ("" if fresh >= FEW else "; so few make shares rough"),
     ]
     for share in SHARES:
         capped, free = (threshold(trained.digest, share, capped=cap) for cap in (True, False))
@@ -168,7 +192,12 @@ def _facts(trained: Trained, material: Material, encoder: TextEncoder, seed: int
         "reads_with": encoder.name,
         "text_probe": {"prompt": PROBE, "state": encoder.state(PROBE)},
         "seed": seed,
+        "learnt_from": _learnt_from(labels),
     }
+
+
+def _learnt_from(labels: Labels) -> dict[str, Any]:
+    return {"labels": labels.digest, "prompts": len(labels.prompts)}
 
 
 def _name(labels: Labels, side: str) -> str:
@@ -178,12 +207,32 @@ def _name(labels: Labels, side: str) -> str:
     return f"{name}@{digest[:12]}" if digest else name
 
 
+def check_replaceable(out: Path) -> None:
+    """Raise ConfigError where a router cannot be written: what is there is not ours to replace."""
+    known = {FACTS, predictor.WEIGHTS, predictor.CONFIG}
+    try:
+        strange = sorted(entry.name for entry in out.iterdir() if entry.name not in known)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # nothing to replace
+    if strange:
+        raise ConfigError(
+            f"{out} holds {strange[0]!r}, which is no part of a router; name a new folder, or one "
+            "with a router to replace"
+        )
+
+
 def save_router(model: predictor.AnyPredictor, facts: dict[str, Any], out: Path) -> None:
-    """Write predictor.safetensors, config.json and router.json, replacing `out` as a whole."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    predictor.save(model, partial)
-    (partial / "router.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(partial, out)
+    """Write predictor.safetensors, config.json and router.json, replacing a router in `out`.
+
+    Raises ConfigError, and writes nothing, where `out` holds anything else.
+    """
+    check_replaceable(out)
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        fresh, old = Path(scratch) / "new", Path(scratch) / "old"
+        predictor.save(model, fresh)
+        (fresh / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        if out.exists():
+            os.replace(out, old)
+        os.replace(fresh, out)

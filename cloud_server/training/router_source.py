@@ -89,9 +89,11 @@ class Source:
         scores = read_scores(self.scores)
         pair = scores.pair(self.edge_model, self.cloud_model, self.metrics)
         if left_out := len(scores.prompts) - len(pair.prompts):
+            name, rated = scores.seldom_rated(pair, self.edge_model, self.cloud_model)
             click.echo(
                 f"{left_out} of {len(scores.prompts)} prompts lack a rating of {self.edge_model} "
-                f"or {self.cloud_model} and are left out",
+                f"or {self.cloud_model} and are left out; on {name} both are rated for {rated}"
+                + (", choose others with --metric" if len(pair.metrics) > 1 else ""),
                 err=True,
             )
         return _fresh_only(

@@ -73,6 +73,13 @@ class Scores:
             {"models": {"edge": {"name": edge_model}, "cloud": {"name": cloud_model}}},
         )
 
+    def seldom_rated(self, labels: Labels, edge_model: str, cloud_model: str) -> tuple[str, int]:
+        """Return the metric of a pair's labels that fewest prompts are rated on, and how many."""
+        both = self.table[:, [self.models.index(edge_model), self.models.index(cloud_model)]]
+        rated = (~np.isnan(both).any(1)).sum(0)
+        name = min(labels.metrics, key=lambda name: rated[self.metrics.index(name)])
+        return name, int(rated[self.metrics.index(name)])
+
     def related(self, labels: Labels, edge_model: str, cloud_model: str) -> Floats:
         """Return what else is known of the prompts of a pair's labels (N, m): all other scores.
 
@@ -128,9 +135,11 @@ def _rows(lines: Iterable[str], file: Path) -> Iterable[tuple[str, str, str, flo
             )
         for row in reader:
             where = f"line {reader.line_num} of {file}"
+            if empty := next((name for name in COLUMNS if not row[name]), None):
+                raise DataError(f"{where} has no {empty}; fill it in or drop the line")
             try:
                 score = float(row["score"])
-            except (TypeError, ValueError):
+            except ValueError:
                 score = math.nan
             if not math.isfinite(score):
                 raise DataError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from cloud_server.console import DEVICES, Device, one_sentence
+from cloud_server.console import DEVICES, Device, check_writable, one_sentence
 from cloud_server.errors import ConfigError, DataError
 from cloud_server.training.router_source import Source, source_options
 
@@ -95,6 +95,7 @@ def evaluate_router_command(
     """
     with one_sentence(debug=debug):
         _check(out, json_file, held_out, folds, judge, judge_scores, pictures)
+        check_writable(work, *(file.parent for file in (out, json_file) if file))
 
         import torch
 
@@ -114,7 +115,8 @@ def evaluate_router_command(
         material = source.material()
         known = material.labels
         check_labels(known)
-        plan = _plan(known, held_out, seeds, folds, repeats, seed)
+        fresh = _never_seen_by(router, known) if router else None
+        plan = _plan(known, held_out, seeds, folds, repeats, seed, fresh)
         features = open_encoder(source.encoder()).encode(known.prompts, where)
         kinds: list[str] = []
         network = Network(
@@ -157,6 +159,11 @@ def evaluate_router_command(
             "predictors": kinds_said(kinds),
             "judge": _judge_said(judge, judge_scores),
         }
+        if router and fresh is None:
+            report["verdict"]["sentences"].append(
+                "Whether this router learnt from these very prompts is not known; if it did, it "
+                "looks better here than it is."
+            )
         _write(report, kept, known, out, json_file)
         click.echo("\n".join(report["verdict"]["sentences"]))
 
@@ -201,15 +208,32 @@ def _check(
             )
 
 
+def _never_seen_by(router: Path, labels: Labels) -> NDArray[np.int64] | None:
+    """Return which prompts (ascending) a router was not trained on, None where nobody knows."""
+    from cloud_server.training.evaluation.learned import facts_of
+    from cloud_server.training.router_folder import held_out_by
+
+    return held_out_by(facts_of(router), labels)
+
+
 def _plan(
-    labels: Labels, judged: int | None, seeds: int, folds: int | None, repeats: int, seed: int
+    labels: Labels,
+    judged: int | None,
+    seeds: int,
+    folds: int | None,
+    repeats: int,
+    seed: int,
+    fresh: NDArray[np.int64] | None,
 ) -> Plan:
+    """Return which prompts are judged; of a given router those, if known, that are fresh to it."""
     import numpy as np
 
-    from cloud_server.training.evaluation.splits import SMALL, cross_validation, held_out
+    from cloud_server.training.evaluation.splits import SMALL, cross_validation, held_out, these
 
     # A prompt that lacks seeds which others have is too noisy to judge by.
     among = np.flatnonzero(labels.drawn.all(1))
+    if fresh is not None:
+        return these(labels.prompts, np.intersect1d(among, fresh), 1, seed)
     if len(among) < 2:
         raise DataError(
             "no two prompts of these labels have every seed, so none can be judged; pass the file "
@@ -232,6 +256,10 @@ def _model_names(labels: Labels) -> tuple[str, str]:
         digest = str(model.get("digest", ""))[:12]
         names.append("@".join(part for part in (str(model.get("name", side)), digest) if part))
     return names[0], names[1]
+
+
+def _named(labels: Labels) -> str:
+    return " and ".join(_model_names(labels))
 
 
 def _kept(labels: Labels, folder: Path | None) -> Kept | None:
@@ -263,9 +291,21 @@ def _judged(
         assert kept is not None  # checked with the options
         return judged_gain(Judge.open(judge, device), kept, plan.rows, labels.seeds)
     if scores:
-        from cloud_server.training.labels import read
+        from cloud_server.training.labels import judge_of, read
 
         other = read(scores)
+        models, others = (one.origin.get("models") for one in (labels, other))
+        if models and others and models != others:
+            raise DataError(
+                f"{scores} is of other models ({_named(other)}) than the labels "
+                f"({_named(labels)}); judge pictures of the same"
+            )
+        scored_alike = "scorer" in labels.origin and judge_of(other) == judge_of(labels)
+        if scored_alike or other.digest == labels.digest:
+            raise DataError(
+                f"{scores} was scored as the labels were; another judge is another --clip or "
+                "--metrics of cloud-server label"
+            )
         at = {prompt: row for row, prompt in enumerate(other.prompts)}
         missing = [p for p in (labels.prompts[row] for row in plan.rows) if p not in at]
         if missing:
@@ -277,8 +317,8 @@ def _judged(
 
 def _judge_said(judge: Path | None, scores: Path | None) -> dict[str, str] | None:
     if judge:
-        return {"name": "objects right", "by": f"the network in {judge}"}
-    return {"name": "mean score", "by": str(scores)} if scores else None
+        return {"name": "Objects right", "by": f"by the network in {judge}, which is not CLIP"}
+    return {"name": "Mean score", "by": f"by {scores}"} if scores else None
 
 
 def _write(

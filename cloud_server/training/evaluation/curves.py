@@ -12,7 +12,6 @@ From it, with w_i = 1 - (rank_i - 1/2) / n and the mean rank where scores tie:
 
     gain area     G    = area between curve and straight line = Cov(gain, w), in units of quality
     APGR               = area / Q(1) = 1/2 + G / mean(gain)        (RouteLLM, arXiv 2406.18665)
-    efficiency    eta  = G / G of the best order, in [-1, 1]
     CPT(x)             = least rho at which the curve first reaches x; "never" is an answer
 
 Everything takes resamples of the prompts as counts, so that a bootstrap is one call.
@@ -28,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 NEVER = np.inf
+TINY = 1e-9  # a mean gain of rounding alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,12 @@ class Curve:
         return self.area() - self.total / 2
 
     def apgr(self) -> Floats:
-        """Return the average performance gap recovered (B,), NaN where the models are equal."""
-        return np.divide(
-            self.area(), self.total, out=np.full(len(self.gain), np.nan), where=self.total != 0
-        )
+        """Return the average performance gap recovered (B,), NaN where the cloud is no better.
+
+        There is no gap then; `gain_area` is sound everywhere.
+        """
+        better = self.total > TINY
+        return np.divide(self.area(), self.total, out=np.full(len(better), np.nan), where=better)
 
     def at(self, share: float) -> Floats:
         """Return the gain (B,) when this share of prompts is sent; ValueError outside 0..1."""
@@ -114,14 +116,6 @@ class Ranking:
         by_score = np.add.reduceat(values, self._groups, axis=1)
         total = np.cumsum(by_score, axis=1) / self._n
         return np.concatenate([np.zeros((len(total), 1)), total], axis=1)
-
-
-def efficiency(ranking: Ranking, best: Ranking, gains: ArrayLike) -> Floats:
-    """Return eta (B,): the gain area as a part of the best possible, NaN where that is 0."""
-    most = best.curve(gains).gain_area()
-    return np.divide(
-        ranking.curve(gains).gain_area(), most, out=np.full(len(most), np.nan), where=most > 0
-    )
 
 
 def percentiles(scores: ArrayLike) -> Floats:

@@ -25,6 +25,7 @@ from cloud_server.training.evaluation.measures import (
     Resampled,
     difference,
     estimates,
+    finite,
     mean,
 )
 from cloud_server.training.evaluation.splits import Plan
@@ -147,7 +148,7 @@ def train(method: Method, plan: Plan) -> Trained:
     if not method.learns:
         fold = plan.runs[0][0]
         known = method.fit(fold.training, fold.seed)[plan.rows][None]
-        return Trained(known, known)
+        return Trained(known, percentiles(known[0])[None])
     raw, ranks = np.empty((2, len(plan.runs), len(plan.rows)))
     for r, run in enumerate(plan.runs):
         means = []
@@ -180,7 +181,9 @@ def _row(
         "name": method.name,
         "numbers": estimates(mean(found[key]), resampled[key], n),
         "ours_more": estimates({k: more[k] for k in compared}, {k: again[k] for k in compared}, n),
-        "runs": {k: [float(run[k][0]) for run in found[key]] for k in ("apgr", "delta_p_50")},
+        "runs": {
+            k: [finite(float(run[k][0])) for run in found[key]] for k in ("apgr", "delta_p_50")
+        },
         "curves": _average_curves([point.curves(run) for run in scores.ranks]),
     }
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from cloud_server.errors import ModelError
 from cloud_server.training import predictor
@@ -17,6 +18,7 @@ from cloud_server.training.encoders import Features
 from cloud_server.training.labels import Labels
 from cloud_server.training.loop import Budget
 from cloud_server.training.router import Learned, Settings, learn
+from cloud_server.training.router_folder import FACTS
 from edge_agent.routing.pareto import prs
 
 Floats = NDArray[np.float64]
@@ -112,14 +114,14 @@ class Given:
         """Return 1 - prs, predicted for every prompt (N,)."""
         try:
             model = predictor.load(self.folder)
-            facts = json.loads((self.folder / "router.json").read_text(encoding="utf-8"))
+            facts = facts_of(self.folder)
             weights = np.array([metric["weight"] for metric in facts["metrics"]])
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            line = str(error).strip().partition("\n")[0]
-            raise ModelError(
-                f"there is no router in '{self.folder}' ({line}); cloud-server train-router "
-                "writes one"
-            ) from error
+            if len(weights) != model.config.experts:
+                raise ValueError(
+                    f"it predicts {model.config.experts} metrics and names {len(weights)}"
+                )
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise _no_router(self.folder, error) from error
         width = self.features.hidden.shape[-1]
         if model.config.width != width:
             raise ModelError(
@@ -129,6 +131,24 @@ class Given:
         nothing = np.empty((0, 0))
         learned = Learned(model, nothing, 1.0, nothing, self.device)
         return 1.0 - prs(learned.predict(self.features), weights / weights.sum())
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """Return what a router's folder says of it; raises ModelError."""
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _no_router(folder, error) from error
+    if not isinstance(facts, dict):
+        raise _no_router(folder, TypeError(f"{FACTS} is no object"))
+    return facts
+
+
+def _no_router(folder: Path, error: Exception) -> ModelError:
+    line = str(error).strip().partition("\n")[0]
+    return ModelError(
+        f"there is no router in '{folder}' ({line}); cloud-server train-router writes one"
+    )
 
 
 def kinds_said(kinds: Sequence[str]) -> str:

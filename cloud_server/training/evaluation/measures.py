@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cloud_server.training.evaluation.curves import NEVER, Curve, Ranking
+from cloud_server.training.evaluation.curves import NEVER, TINY, Curve, Ranking
 from cloud_server.training.evaluation.truth import Truth
 from cloud_server.training.intervals import Estimate, percentile
 
@@ -71,11 +71,11 @@ class Bench:
         ranking = Ranking(scores, self._counts)
         gain, plain = ranking.curve(self._gain), ranking.curve(self._plain)
         found = _area("", gain) | _area("plain_", plain)
-        found["efficiency"] = _ratio(found["gain_area"], self._best)
+        found["efficiency"] = _ratio(found["gain_area"], self._best)  # of the best order, to 1
         found |= {f"delta_p_{p}": gain.at(p / 100) for p in SHARES}
         found |= {f"plain_{p}": plain.at(p / 100) for p in SHARES}
         found["over_cloud_50"] = found["delta_p_50"] - gain.total
-        better = gain.total > 0  # of a gap that is none, no part can be recovered
+        better = gain.total > TINY  # of a gap that is none, no part can be recovered
         for p in RECOVERED:
             found[f"cpt_{p}"] = np.where(better, gain.first(p / 100 * gain.total), np.nan)
         for p in TARGETS:
@@ -159,11 +159,16 @@ def difference(ours: Numbers, theirs: Numbers) -> Numbers:
         return {key: ours[key] - theirs[key] for key in ours}
 
 
+def finite(value: float) -> float | None:
+    """Return a number as JSON can hold it."""
+    return value if np.isfinite(value) else None
+
+
 def plain(estimate: Estimate | None) -> dict[str, Any] | None:
     """Return an estimate as JSON can hold it."""
     if estimate is None:
         return None
     ends = {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-    known = {k: float(v) if np.isfinite(v) else None for k, v in ends.items()}
+    known = {name: finite(float(value)) for name, value in ends.items()}
     never = {"never": True} if abs(estimate.mean) == NEVER else {}
     return known | {"n": estimate.n} | never

@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cloud_server.errors import ModelError
+from cloud_server.training.labels.work import noise, seed_of
 from cloud_server.training.starter.captions import read_scene
 from cloud_server.training.starter.judge import Judge
 from cloud_server.training.starter.reading import objects_right
@@ -32,15 +33,28 @@ class Kept:
     prompts: Sequence[str]
 
     def file(self, model: int, row: int, seed: int) -> Path:
-        """Return where the picture that a model drew of prompt number `row` is kept."""
+        """Return where the picture that a model drew of prompt number `row` is kept.
+
+        Labels may have been joined or sorted since: the prompt's own number when it was drawn is
+        whatever its file says.
+        """
         name = hashlib.sha256(self.prompts[row].encode()).hexdigest()[:16]
-        noise = seed * 1_000_003 + row
-        return self.folder / self.digests[model][:12] / f"{name}-{noise}.png"
+        drawn = self.folder / self.digests[model][:12]
+        usual = drawn / f"{name}-{noise(row, seed)}.png"
+        if usual.is_file():
+            return usual
+        kept = sorted(drawn.glob(f"{name}-*.png"))
+        return next((file for file in kept if seed_of(_noise_of(file)) == seed), usual)
 
     def pair(self, row: int, seed: int) -> tuple[Path | None, Path | None]:
         """Return both models' pictures of a prompt, None for one that is not kept."""
         edge, cloud = (self.file(model, row, seed) for model in (0, 1))
         return edge if edge.is_file() else None, cloud if cloud.is_file() else None
+
+
+def _noise_of(file: Path) -> int:
+    number = file.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def judged_gain(judge: Judge, kept: Kept, rows: Rows, seeds: Sequence[int]) -> Floats:

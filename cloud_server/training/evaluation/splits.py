@@ -14,6 +14,7 @@ from cloud_server.errors import ConfigError
 
 Rows = NDArray[np.int64]
 
+LEAST = 8  # prompts to learn from: what train-router has of the fewest labels that it takes
 SMALL = 1500  # up to so many prompts every one is judged, by cross-validation
 _ARTICLES = {"a", "an", "the"}
 
@@ -70,6 +71,12 @@ def cross_validation(
         parts = splitter.split(among, groups=alike[among])
         judged = [among[b] for _, b in parts]
         runs.append(tuple(Fold(_others(alike, rows), rows, seed + repeat) for rows in judged))
+    fewest = min(len(fold.training) for run in runs for fold in run)
+    if fewest < LEAST:
+        raise ConfigError(
+            f"with {folds} folds only {fewest} prompts are left to learn from, near-duplicates of "
+            f"judged ones not counted, and {LEAST} are needed; label more prompts"
+        )
     text = f"{folds}-fold cross-validation over prompts, {repeats} repeats"
     return Plan(tuple(runs), among, text)
 
@@ -83,17 +90,26 @@ def held_out(
     """
     alike = groups(prompts)
     among = np.arange(len(prompts)) if among is None else among
-    most = min(len(among), len(prompts) - 2)
+    most = min(len(among), len(prompts) - LEAST)
     if not 2 <= judged <= most:
         raise ConfigError(
-            f"of {len(prompts)} prompts {judged} cannot be held out; --held-out takes a number "
-            f"from 2 to {most}, and some prompts must be left to learn from"
+            f"of {len(prompts)} prompts {judged} cannot be held out; "
+            + (
+                f"--held-out takes a number from 2 to {most}, as {LEAST} must be left to learn from"
+                if most >= 2
+                else "label more"
+            )
         )
     kinds, sizes = np.unique(alike[among], return_counts=True)
     order = np.random.default_rng(seed).permutation(len(kinds))
     chosen = kinds[order[sizes[order].cumsum() <= judged]]
     rows = among[np.isin(alike[among], chosen)]
-    training = _others(alike, rows)
+    return these(prompts, rows, seeds, seed)
+
+
+def these(prompts: Sequence[str], rows: Rows, seeds: int, seed: int) -> Plan:
+    """Return a plan that keeps the prompts in `rows` (ascending) from `seeds` trainings."""
+    training = _others(groups(prompts), rows)
     runs = tuple((Fold(training, rows, seed + i),) for i in range(seeds))
     again = f", {seeds} training seeds" if seeds > 1 else ""
     text = f"{len(rows)} held-out prompts, {len(training)} to learn from{again}"

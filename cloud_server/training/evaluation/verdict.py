@@ -51,10 +51,17 @@ def _quality(report: Report, ours: Report, best: Report) -> str:
 
 def _calls(report: Report, ours: Report, best: Report) -> str:
     numbers = ours["numbers"]
-    overall = (
-        f"over all budgets its APGR is {decimal(numbers['apgr'])}, where random is 0.5 and the "
-        f"other {decimal(best['numbers']['apgr'])}."
-    )
+    if numbers["apgr"]["mean"] is None:
+        overall = (
+            "sending every prompt gains nothing, so there is no gap to recover; over all budgets "
+            f"the area above random routing is {points_of(numbers['gain_area'])} points of ΔP, "
+            f"the other's {points_of(best['numbers']['gain_area'])}."
+        )
+    else:
+        overall = (
+            f"over all budgets its APGR is {decimal(numbers['apgr'])}, where random is 0.5 and the "
+            f"other {decimal(best['numbers']['apgr'])}."
+        )
     if reached_never(numbers["calls_50"]):
         return f"ΔP 50 % is never reached, however many prompts are sent; {overall}"
     others = best["numbers"]["calls_50"]
@@ -84,7 +91,10 @@ def ours_against(report: Report, key: str, number: str) -> Report:
 
 
 def interval(estimate: Report | None, factor: float, digits: int, sign: bool = False) -> str:
-    """Return "mean [low, high]", "never" for what is not reached, a dash if not defined."""
+    """Return "mean [low, high]", "never" for what is not reached, a dash if not defined.
+
+    Without the interval where it is not defined in every resample.
+    """
     if estimate is None or estimate["mean"] is None:
         return "never" if estimate and estimate.get("never") else NONE
     plus = "+" if sign else ""
@@ -94,7 +104,7 @@ def interval(estimate: Report | None, factor: float, digits: int, sign: bool = F
 
     low, high = one(estimate["low"], NONE), one(estimate["high"], "never")
     mean = one(estimate["mean"], NONE)
-    return mean if low == high == mean else f"{mean} [{low}, {high}]"
+    return mean if estimate["low"] is None or low == high == mean else f"{mean} [{low}, {high}]"
 
 
 def percent(estimate: Report | None) -> str:

@@ -3,7 +3,14 @@
 from cloud_server.training.labels.label import label
 from cloud_server.training.labels.painters import KeptPainter, Painter, PipelinePainter
 from cloud_server.training.labels.prompts import Prompt, read_prompts, sample_prompts
-from cloud_server.training.labels.table import Labels, join, read, read_for_training, write
+from cloud_server.training.labels.table import (
+    Labels,
+    join,
+    judge_of,
+    read,
+    read_for_training,
+    write,
+)
 
 __all__ = [
     "KeptPainter",
@@ -12,6 +19,7 @@ __all__ = [
     "PipelinePainter",
     "Prompt",
     "join",
+    "judge_of",
     "label",
     "read",
     "read_for_training",

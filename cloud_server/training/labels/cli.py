@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cloud_server.console import DEVICES, Device, one_sentence
+from cloud_server.console import DEVICES, Device, check_writable, one_sentence
 from cloud_server.errors import ConfigError, DataError, ModelError
 from cloud_server.starter import starter_folder
 from cloud_server.training.labels.table import Labels, write
@@ -118,6 +118,8 @@ def label_command(
         prompts = _prompts(file, starter_prompts, seed)
         if not out.parent.is_dir():
             raise DataError(f"the folder {out.parent} does not exist; create it or change --out")
+        work = work or out.with_name(out.name + ".work")
+        check_writable(out.parent, work)
 
         import torch
 
@@ -154,7 +156,7 @@ def label_command(
             scorer,
             prompts,
             range(seeds),
-            work or out.with_name(out.name + ".work"),
+            work,
             batch=batch,
             spread=spread,
         )

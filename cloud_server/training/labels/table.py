@@ -129,6 +129,9 @@ def read(file: Path) -> Labels:
     for name in (*_INDEX, *names):
         if name not in table.column_names:
             raise DataError(f"{file} has no column {name!r}, which its metadata promise")
+    for name in _INDEX:
+        if table[name].null_count:
+            raise DataError(f"{file} has a row without {name}; label again or drop the row")
     rows = list(zip(*(table[name].to_pylist() for name in _INDEX), strict=True))
     q = _qualities(table, names, rows, file)
     models = {model for model, _, _ in rows}
@@ -163,7 +166,7 @@ def join(parts: Sequence[Labels]) -> Labels:
     for part in others:
         if part.origin.get("models") != first.origin.get("models"):
             raise DataError("labels of other models cannot be joined; label again with the same")
-        if _judge(part) != _judge(first):
+        if judge_of(part) != judge_of(first):
             raise DataError("labels by another CLIP cannot be joined; label again with the same")
         if part.described != first.described or part.metrics != first.metrics:
             raise DataError("labels of other metrics cannot be joined; label again with the same")
@@ -183,7 +186,7 @@ def join(parts: Sequence[Labels]) -> Labels:
     )
 
 
-def _judge(labels: Labels) -> dict[str, Any]:
+def judge_of(labels: Labels) -> dict[str, Any]:
     """Return what scored the pictures, but for which prompts alignment compared theirs with."""
     scorer = dict(labels.origin.get("scorer", {}))
     alignment = scorer.get("alignment") or {}
@@ -196,8 +199,9 @@ def _qualities(
     """Return the qualities (row, metric) of a file, all of them numbers."""
     columns = []
     for name in names:
-        if not pa.types.is_floating(table[name].type):
-            raise DataError(f"{file} has {table[name].type} in column {name!r}; it needs numbers")
+        kind = table[name].type
+        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+            raise DataError(f"{file} has {kind} in column {name!r}; it needs numbers")
         columns.append(table[name].to_numpy().astype(np.float64))
     q = np.stack(columns, -1)
     for row, column in np.argwhere(~np.isfinite(q)):
@@ -259,4 +263,15 @@ def _described(facts: Mapping[str, Any], file: Path) -> tuple[Metric, ...]:
         described = ()
     if not described:
         raise DataError(f"{file} does not describe its metrics; label again")
+    seen = set[str]()
+    for metric in described:
+        if metric.name in seen:
+            raise DataError(f"{file} describes the metric {metric.name!r} twice; label again")
+        seen.add(metric.name)
+        weight = metric.weight
+        if not isinstance(weight, int | float) or not 0 < weight < np.inf:
+            raise DataError(
+                f"{file} gives the metric {metric.name!r} the weight {weight!r}; it needs a number "
+                "above 0"
+            )
     return described

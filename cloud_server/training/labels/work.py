@@ -78,6 +78,11 @@ def noise(prompt: int, seed: int) -> int:
     return seed * _SEED_STRIDE + prompt
 
 
+def seed_of(noise: int) -> int:
+    """Return the seed that a picture was drawn with, by the seed of its noise."""
+    return noise // _SEED_STRIDE
+
+
 def here(work: Work, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Scores]]:
     """Do everything in this process."""
     for batch in batches:

@@ -88,13 +88,15 @@ class Clip:
     def _opened(self) -> tuple[Any, Any, Any]:
         open_clip = _open_clip()
         name = f"local-dir:{self._folder}" if self._folder else self.model
+        part = f"the CLIP model {self.name}"
         try:
             network, preprocess = open_clip.create_model_from_pretrained(name, self.pretrained)
+            part = f"the tokenizer of {part}, which its folder must hold"
             tokenizer = open_clip.get_tokenizer(name)
         # Loading runs the code of several libraries over foreign files; it ends in one sentence.
         except Exception as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"cannot load the CLIP model {self.name}: {said}") from error
+            raise ModelError(f"cannot load {part}: {said}") from error
         return network.to(self.device).eval(), preprocess, tokenizer
 
     @property

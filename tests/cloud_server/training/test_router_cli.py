@@ -174,7 +174,47 @@ def test_a_text_encoder_without_tokenizer_is_one_sentence(labels, encoder, tmp_p
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((encoder / name).read_bytes())
     message = failure("--labels", labels, "--text-encoder", bare, "-o", tmp_path / "router")
-    assert "has no tokenizer that can be read; put its tokenizer.json" in message
+    assert "has no tokenizer that can be read (no tokenizer files); put its tokenizer" in message
+    (bare / "tokenizer.json").write_text("{", encoding="utf-8")
+    message = failure("--labels", labels, "--text-encoder", bare, "-o", tmp_path / "router")
+    assert "has no tokenizer that can be read (Expecting property name" in message
+
+
+def test_only_a_router_is_replaced(labels, encoder, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    given = ("--labels", labels, "--text-encoder", encoder, "--predictor", "linear", "-o", out)
+    assert call(*given).exit_code == 0  # an empty folder
+    assert call(*given).exit_code == 0  # a router
+    (out / "thesis.txt").write_text("years of work", encoding="utf-8")
+    message = failure(*given, code=2)
+    assert "holds 'thesis.txt', which is no part of a router; name a new folder" in message
+    assert (out / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+    assert (out / "router.json").is_file()
+    assert {file.name for file in tmp_path.iterdir()} == {"mine", "mine.work", "labels.parquet"}
+
+
+def test_a_place_where_nothing_can_be_written_is_said_before_training(labels, tmp_path):
+    (tmp_path / "file").touch()
+    for option in ("--out", "--work"):
+        message = failure("--labels", labels, option, tmp_path / "file" / "new", code=2)
+        assert f"nothing can be written in the folder {tmp_path / 'file'}" in message
+
+
+def test_a_metric_that_few_prompts_are_rated_on_is_named(encoder, tmp_path):
+    rows = [
+        (f"a {word} {i}", model, metric, (i + len(model)) % 7 / 7)
+        for i, word in enumerate(WORDS[:3] * 12)
+        for model in ("small", "large")
+        for metric in ("quality", "rare")
+        if metric == "quality" or i < 14
+    ]
+    result = call(
+        "--scores", write_csv(tmp_path / "scores.csv", rows), *PAIR, "--text-encoder", encoder,
+        "--predictor", "linear", "-o", tmp_path / "router",
+    )  # fmt: skip
+    assert "22 of 36 prompts lack a rating" in result.stderr
+    assert "on rare both are rated for 14, choose others with --metric" in result.stderr
 
 
 def test_calibration_prompts_must_be_new(scores, encoder, tmp_path):

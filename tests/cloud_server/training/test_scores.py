@@ -118,7 +118,7 @@ def test_models_without_a_common_prompt_are_no_pair(file):
     ("score", "sentence"),
     [
         ("nan", r"the score 'nan' in line 2 of .* is not a number"),
-        ("", r"the score '' in line 2"),
+        ("", r"line 2 of .* has no score; fill it in or drop the line"),
         ("inf", r"the score 'inf' in line 2"),
         ("good", r"the score 'good' in line 2"),
         ("4.5", r"the score 4.5 of quality in line 2 of .* is outside 0 to 1; bring"),
@@ -128,6 +128,14 @@ def test_models_without_a_common_prompt_are_no_pair(file):
 def test_a_score_that_is_none_is_named_with_its_line(file, score, sentence):
     with pytest.raises(DataError, match=sentence):
         read_scores(write(file, [["a cat", "small", "quality", score]]))
+
+
+def test_a_row_that_ends_early_is_named_with_its_line(file):
+    columns = ("model", "score", "metric", "prompt")
+    with pytest.raises(DataError, match=r"line 3 of .* has no prompt; fill it in"):
+        read_scores(
+            write(file, [["small", 1, "quality", "a cat"], ["small", 1, "quality"]], columns)
+        )
 
 
 def test_a_table_with_other_columns_says_which_are_missing(file):

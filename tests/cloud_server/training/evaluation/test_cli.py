@@ -112,7 +112,7 @@ def test_labels_are_held_out_judged_otherwise_and_shown(labels, encoder, tmp_pat
     ]  # fmt: skip
     assert report["methods"][-1]["name"] == f"single-metric router ({METRICS[0]})"
     assert report["nouns"]["counted"] == "objects"
-    assert report["judge"]["name"] == "objects right"
+    assert report["judge"]["name"] == "Objects right"
     assert report["methods"][0]["numbers"]["judge_50"]["mean"] == 0, "plain pictures hold nothing"
     text = page.read_text(encoding="utf-8")
     assert text.count("data:image/png;base64,") == 2 * len(report["regrets"])
@@ -141,10 +141,12 @@ def test_more_labels_with_fewer_seeds_are_learnt_from_and_not_judged(labels, enc
 
 def test_a_router_that_is_there_is_not_trained(labels, encoder, tmp_path):
     router, numbers = make_router(tmp_path / "router"), tmp_path / "numbers.json"
+    others = tmp_path / "others.parquet"
+    write(replace(read(labels / "labels.parquet"), digest="by others"), others)
     result = run(
         "--labels", labels / "labels.parquet", "--text-encoder", encoder, "--router", router,
         "--held-out", 20, "--seeds", 1, "--predictor", "linear", "--threads", 1,
-        "--judge-scores", labels / "labels.parquet", "--work", tmp_path / "work",
+        "--judge-scores", others, "--work", tmp_path / "work",
         "--json", numbers,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -152,6 +154,57 @@ def test_a_router_that_is_there_is_not_trained(labels, encoder, tmp_path):
     assert report["given_router"]
     assert (report["predictors"], report["ablations"]) == ("", [])
     assert report["methods"][0]["numbers"]["judge_50"] is not None
+    assert "learnt from these very prompts is not known" in result.stdout
+    assert {one["route"] for one in report["regrets"]} == {"edge", "cloud"}, "half are sent"
+
+
+def test_a_router_is_judged_on_prompts_that_its_training_held_out(labels, encoder, tmp_path):
+    file, router = labels / "labels.parquet", tmp_path / "router"
+    trained = CliRunner().invoke(
+        main,
+        ["train-router", "--labels", str(file), "--text-encoder", str(encoder), "--predictor",
+         "linear", "--seed", "3", "-o", str(router)],
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    numbers = tmp_path / "numbers.json"
+    usual = ("--text-encoder", encoder, "--router", router, "--threads", 1, "--work", tmp_path)
+    result = run("--labels", file, *usual, "--json", numbers)
+    assert result.exit_code == 0, result.output
+    plan = json.loads(numbers.read_text(encoding="utf-8"))["plan"]
+    assert (plan["judged"], plan["description"]) == (8, "8 held-out prompts, 32 to learn from")
+    assert "not known" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"digest": "d"}, "was scored as the labels were; another judge is another --clip"),
+        (
+            {"origin": {"models": {"edge": {"name": "p"}, "cloud": {"name": "q"}}}, "digest": "e"},
+            "is of other models (p and q) than the labels (edge@eeeeeeeeeeee and cloud@ccc",
+        ),
+    ],
+)
+def test_another_judge_must_be_another_of_the_same_models(labels, encoder, tmp_path, changed, told):
+    file = labels / "labels.parquet"
+    write(replace(read(file), **changed), tmp_path / "others.parquet")
+    result = run(
+        "--labels", file, "--text-encoder", encoder, "--judge-scores", tmp_path / "others.parquet",
+        "--work", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert told in said(result.stderr)
+
+
+def test_pictures_are_found_whatever_the_order_of_the_labels(labels):
+    prompts = read(labels / "labels.parquet").prompts
+    digests = (DIGESTS["edge"], DIGESTS["cloud"])
+    usual = Kept(labels / "pictures", digests, prompts)
+    turned = Kept(labels / "pictures", digests, ("a prompt before all others", *prompts[::-1]))
+    for row, seed in ((0, 0), (39, 1)):
+        assert turned.pair(40 - row, seed) == usual.pair(row, seed) != (None, None)
+    assert turned.pair(0, 0) == (None, None)
+    assert usual.pair(0, 2) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cloud_server.training.evaluation.curves import NEVER, Curve, Ranking, efficiency, percentiles
+from cloud_server.training.evaluation.curves import NEVER, Curve, Ranking, percentiles
 from cloud_server.training.intervals import percentile, resamples
 
 # Of few values, so that ties are common; sums of these are exact.
@@ -35,7 +35,7 @@ def test_the_area_is_the_covariance_with_the_rank(data):
     w = 1 - (rank - 0.5) / n
     g = np.mean(gains * w) - gains.mean() * w.mean()
     assert curve(scores, gains).gain_area()[0] == pytest.approx(g, abs=1e-12)
-    assume(gains.sum() != 0)
+    assume(gains.sum() > 0)
     apgr = curve(scores, gains).apgr()[0]
     assert apgr == pytest.approx((gains * w).sum() / gains.sum())
     assert apgr == pytest.approx(0.5 + g / gains.mean())
@@ -46,9 +46,9 @@ def test_turning_the_scores_round_mirrors_the_curve(data):
     scores, gains = data
     ours, mirrored = curve(scores, gains), curve(-scores, gains)
     assert mirrored.gain_area()[0] == pytest.approx(-ours.gain_area()[0], abs=1e-12)
-    if gains.sum() != 0:
+    if gains.sum() > 0:
         assert mirrored.apgr()[0] == pytest.approx(1 - ours.apgr()[0])
-    else:
+    else:  # no gap to recover: a part of it would turn good orders into bad ones
         assert np.isnan(mirrored.apgr()[0])
 
 
@@ -75,8 +75,6 @@ def test_no_order_is_better_than_the_oracle(data, share):
     best, ours = curve(gains, gains), curve(scores, gains)
     assert ours.area()[0] <= best.area()[0] + 1e-12
     assert ours.at(share)[0] <= best.at(share)[0] + 1e-12
-    eta = efficiency(Ranking(scores), Ranking(gains), gains)[0]
-    assert np.isnan(eta) if len(set(gains)) == 1 else -1 - 1e-9 <= eta <= 1 + 1e-9
 
 
 @given(routed(), st.floats(0, 1))
@@ -104,7 +102,7 @@ def test_counts_stand_for_repeated_prompts():
         one = curve(np.repeat(scores, count), np.repeat(gains, count))
         for share in (0.0, 0.2, 0.5, 1.0):
             assert many.at(share)[row] == pytest.approx(one.at(share)[0])
-        assert many.apgr()[row] == pytest.approx(one.apgr()[0])
+        assert many.apgr()[row] == pytest.approx(one.apgr()[0], nan_ok=True)
         assert many.first(0.05)[row] == pytest.approx(one.first(0.05)[0])
 
 

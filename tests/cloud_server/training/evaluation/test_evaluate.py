@@ -93,6 +93,23 @@ def test_random_is_a_half_and_the_better_router_wins(report):
     )
 
 
+@pytest.mark.parametrize("gain", [0.0, -0.03], ids=["equal", "worse"])
+def test_a_cloud_that_is_no_better_has_no_gap_to_recover(world, gain):
+    q = world.labels.q.copy()
+    q[1] += gain - (q[1] - q[0]).mean((0, 1))  # every metric's mean gain
+    labels = replace(world.labels, q=q)
+    plan = held_out(labels.prompts, 160, 1, 0)
+    found = evaluate(case(replace(world, labels=labels)), plan, methods(world))
+    json.dumps(found, allow_nan=False)
+    ours = by_key(found)["ours"]
+    if gain:
+        assert ours["numbers"]["apgr"] == {"mean": None, "low": None, "high": None, "n": 160}
+        assert ours["runs"]["apgr"] == [None]
+        assert "gains nothing, so there is no gap to recover" in found["verdict"]["sentences"][1]
+    assert ours["numbers"]["gain_area"]["low"] > 0, "good routing is worth something all the same"
+    assert "nan" not in page(found | EXTRAS, {})
+
+
 def test_oracles_hold_what_is_possible_between_them(report, world):
     naive, split = report["oracles"]
     rows = np.arange(240)

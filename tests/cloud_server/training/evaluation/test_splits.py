@@ -47,13 +47,21 @@ def test_as_many_are_held_out_as_asked_for_or_a_few_less():
 
 @pytest.mark.parametrize("judged", [0, 1, 99, 200])
 def test_both_sides_need_prompts(judged):
-    with pytest.raises(ConfigError, match="--held-out takes a number from 2 to 98"):
+    with pytest.raises(ConfigError, match="takes a number from 2 to 92, as 8 must be left"):
         held_out(PROMPTS, judged, 1, 0)
 
 
 def test_folds_need_different_prompts():
     with pytest.raises(ConfigError, match="5 folds need at least as many different prompts"):
         cross_validation(["a cat", "A cat!", "a dog"], 5, 1, 0)
+
+
+def test_every_training_needs_some_prompts():
+    alike = [f"a cat {i}" for i in range(4)] + ["a dog", "A dog!", "the dog", "dog", "a dog."] * 2
+    with pytest.raises(ConfigError, match=r"2 folds only [1-7] prompts are left to learn from"):
+        cross_validation(alike, 2, 1, 0)
+    with pytest.raises(ConfigError, match="of 9 prompts 3 cannot be held out; label more"):
+        held_out(PROMPTS[:9], 3, 1, 0)
 
 
 @pytest.mark.parametrize("make", [cross_validation, held_out], ids=["cv", "held"])

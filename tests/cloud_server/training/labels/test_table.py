@@ -113,6 +113,31 @@ def spoiled(value):
     return values
 
 
+def with_null(column):
+    values = column.to_pylist()
+    return pa.array([*values[:7], None, *values[8:]])
+
+
+def test_whole_numbers_are_numbers(file):
+    change(file, with_column("Bold", lambda column: pa.array([0, 1] * (len(column) // 2))))
+    assert set(read(file).q[..., 1].ravel()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "told"),
+    [
+        ((METRICS[0], replace(METRICS[1], weight="much")), "'Bold' the weight 'much'; it needs a"),
+        ((METRICS[0], replace(METRICS[1], weight=-1.0)), "'Bold' the weight -1.0"),
+        ((METRICS[0], replace(METRICS[1], weight=float("nan"))), "'Bold' the weight nan"),
+        ((METRICS[0], METRICS[0]), "describes the metric 'Sharp' twice"),
+    ],
+)
+def test_metrics_that_are_described_wrongly_are_one_sentence(tmp_path, metrics, told):
+    write(replace(made_up(), described=metrics), tmp_path / "labels.parquet")
+    with pytest.raises(DataError, match=told):
+        read(tmp_path / "labels.parquet")
+
+
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
@@ -126,6 +151,8 @@ def spoiled(value):
         (lambda table: table.slice(0, 23), "has 23 rows and not one for each of 4 prompts"),
         (lambda table: pa.concat_tables([table, table.slice(0, 1)]), "has 25 rows"),
         (lambda table: table.slice(0, 0), "no labels of the model 'edge'"),
+        (with_column("prompt", with_null), "a row without prompt; label again or drop the row"),
+        (with_column("seed", with_null), "a row without seed"),
     ],
 )
 def test_a_table_that_is_wrong_is_one_sentence(file, edit, told):

@@ -98,7 +98,7 @@ def test_hundreds_of_easy_prompts_earn_no_burst():
     """What the edge draws as well cannot be sent, so waiting for it to end must not pay off."""
     digest = np.linspace(0.3, 0.7, 200).tolist()
     sent = follow(Pacer(digest, 0.3), np.concatenate([np.full(1000, 0.4), np.full(100, 0.65)]))
-    assert sent[1000:].sum() <= 0.3 * 100 + 0.5 / 0.05 + 2
+    assert sent[1000:].sum() <= 0.3 * 100 + 0.5 / ETA + 2
 
 
 def test_prompts_sorted_by_difficulty_keep_their_share_where_the_fixed_quantile_does_not():
