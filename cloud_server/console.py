@@ -63,14 +63,14 @@ def one_sentence(*, debug: bool = False) -> Iterator[None]:
 
 
 def check_writable(*folders: Path) -> None:
-    """Make folders that are missing; raise ConfigError where nothing can be written in one.
+    """Raise ConfigError where nothing can be written in a folder, there or yet to be made.
 
     For commands that write at the end of long work.
     """
     for folder in folders:
+        there = next(place for place in (folder, *folder.resolve().parents) if place.exists())
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
             raise ConfigError(
                 f"nothing can be written in the folder {folder} ({error.strerror}); name another"

@@ -193,15 +193,18 @@ def recognize(state: State, /, images: tuple[Path, ...], forget: str | None, **f
         threads=settings.threads,
     )
     failed, notes = False, set[str]()
-    for found in _recognized(recognizer, images, settings.client):
-        if isinstance(found, AgentError):
-            failed = True
-            note(str(found))
-            continue
-        if found.note and found.note not in notes and not settings.quiet:
-            note(found.note)
-            notes.add(found.note)
-        _print_recognition(found, settings)
+    try:
+        for found in _recognized(recognizer, images, settings.client):
+            if isinstance(found, AgentError):
+                failed = True
+                note(str(found))
+                continue
+            if found.note and found.note not in notes and not settings.quiet:
+                note(found.note)
+                notes.add(found.note)
+            _print_recognition(found, settings)
+    except KeyboardInterrupt as err:
+        return _fail(state, 130, "stopped; what was recognised so far is remembered", err)
     return 1 if failed else 0
 
 

@@ -12,7 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -33,10 +33,14 @@ _NAME_BYTES = 120
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The features (k, D) of a client, oldest first; `note` says why earlier ones were dropped."""
+    """The features (k, D) of a client, oldest first; `note` says why earlier ones were dropped.
+
+    `version` is that of the file's format.
+    """
 
     features: Features
     note: str | None = None
+    version: int = VERSION
 
 
 class History:
@@ -70,8 +74,15 @@ class History:
                 kept = np.concatenate([before.features, features])[-LONGEST_HISTORY:]
                 # No fsync: a kill does not need it, and after a power cut the checksum tells.
                 partial = self.file.with_suffix(".partial")
-                partial.write_bytes(self._format(kept))
-                os.replace(partial, self.file)
+                try:
+                    partial.write_bytes(self._format(kept))
+                    if before.version != VERSION:  # whoever goes back to it finds it again
+                        os.replace(self.file, _aside(self.file))
+                    os.replace(partial, self.file)
+                except OSError:
+                    with suppress(OSError):
+                        partial.unlink()
+                    raise
         except OSError as err:
             raise _error(self.file, err) from err
         return before
@@ -82,25 +93,29 @@ class History:
         return content + _CHECK.pack(zlib.crc32(content))
 
     def _parse(self, raw: bytes) -> Kept:
-        reason = self._reason_to_drop(raw)
+        reason, version = self._reason_to_drop(raw)
         if reason:
             empty = np.zeros((0, self._width), np.float32)
-            return Kept(empty, f"the history {self.file} {reason}; a fresh one begins")
+            note = f"the history {self.file} {reason}; a fresh one begins"
+            return Kept(empty, note, version)
         values = np.frombuffer(raw[_HEAD.size : -_CHECK.size], "<f4")
         return Kept(values.reshape(-1, self._width).astype(np.float32))
 
-    def _reason_to_drop(self, raw: bytes) -> str | None:
+    def _reason_to_drop(self, raw: bytes) -> tuple[str | None, int]:
+        """Return why a file cannot be gone on with, None if it can, and its version."""
         if len(raw) < _HEAD.size + _CHECK.size or not raw.startswith(_MAGIC):
-            return "is damaged"
+            return "is damaged", VERSION
         _, version, width, count, digest = _HEAD.unpack_from(raw)
         if version != VERSION:
-            return f"is of version {version}, and this is {VERSION}"
+            aside = _aside(self.file).name
+            return f"is of version {version}, and this is {VERSION}: it is kept as {aside}", version
         content, check = raw[: -_CHECK.size], raw[-_CHECK.size :]
         if _CHECK.pack(zlib.crc32(content)) != check:
-            return "is damaged"
+            return "is damaged", VERSION
         if (digest, width) != (self._digest, self._width):
-            return "was made by another backbone"
-        return None if len(content) == _HEAD.size + 4 * width * count else "is damaged"
+            return "was made by another backbone", VERSION
+        whole = len(content) == _HEAD.size + 4 * width * count
+        return None if whole else "is damaged", VERSION
 
 
 def forget(folder: Path, client: str) -> bool:
@@ -111,19 +126,29 @@ def forget(folder: Path, client: str) -> bool:
     try:
         with _locked(folder):
             file.with_suffix(".partial").unlink(missing_ok=True)
-            existed = file.exists()
-            file.unlink(missing_ok=True)
+            there = [one for one in (file, _aside(file)) if one.exists()]
+            for one in there:
+                one.unlink()
     except OSError as err:
-        raise _error(file, err) from err
-    return existed
+        raise HistoryError(
+            f"the history {file} is still there, it cannot be deleted ({err.strerror or err}); "
+            "delete it as its owner"
+        ) from err
+    return bool(there)
+
+
+def _aside(file: Path) -> Path:
+    """Return where the last history of another version is kept; `forget` knows it."""
+    return file.with_name(f"{file.name}.other-version")
 
 
 def _file_of(folder: Path, client: str) -> Path:
     if not client:
         raise HistoryError("the client has no name; give one with --client")
-    name = quote(client, safe=" ")
+    called = client.encode("utf-8", "surrogateescape")  # arguments need not be UTF-8
+    name = quote(called, safe=" ")
     if len(name) > _NAME_BYTES:
-        name = hashlib.sha256(client.encode()).hexdigest()
+        name = hashlib.sha256(called).hexdigest()
     return folder / f"{name}.history"
 
 

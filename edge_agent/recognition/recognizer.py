@@ -124,7 +124,7 @@ class Recognizer:
         kept = History(self._histories, client, spec.digest, spec.width).append(features)
         before = kept.features[max(0, len(kept.features) - self._length) :]
         logits, adapted = self._logits(features, before)
-        context = len(before) + len(pictures) - 1
+        context = len(before) + len(pictures) - 1 if self._length else 0
         return [
             Recognition(file, self._labels(row), adapted, context, kept.note)
             for file, row in zip(pictures, logits, strict=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from cloud_server.errors import ModelError
+from cloud_server.console import check_writable, one_sentence
 from cloud_server.training.iciia.options import Setup, setup_options
 from cloud_server.training.loop import Budget
-from cloud_server.training.starter.scenes import FontMissing
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -66,7 +63,8 @@ def train_recognizer(
     from cloud_server.training.iciia.train import Plan, train
 
     budget = Budget(steps=steps) if steps else Budget(minutes=minutes)
-    with _one_sentence():
+    with one_sentence():
+        check_writable(out, setup.work)
         plan = Plan(
             source=setup.source,
             omniglot=setup.omniglot,
@@ -120,7 +118,8 @@ def evaluate_recognizer(
     from cloud_server.training.iciia.train import cohort_with
 
     device = setup.open_device()
-    with _one_sentence():
+    with one_sentence():
+        check_writable(out, setup.work)
         model = Recognizer.load(recognizer)
         cohort = cohort_with(
             model.backbone, setup.source, setup.omniglot, setup.clients, setup.work, device
@@ -138,29 +137,21 @@ def evaluate_recognizer(
             brief=brief,
         )
         report = evaluate(subject, lambda what: click.echo(what, err=True))
-    name = Path(setup.source).stem + (f", clients by {setup.clients}" if setup.clients else "")
-    command = (
-        f"cloud-server evaluate-recognizer {setup.source} --recognizer {recognizer} "
-        f"--layers {setup.layers} --dropout {setup.dropout:g} --optimizer {setup.optimizer} "
-        f"--learning-rate {setup.learning_rate:g} --clients-at-once {setup.clients_at_once} "
-        f"--epochs {setup.epochs} --strangers {setup.strangers:g} --seeds {seeds}"
-        + (f" --groups {setup.groups}" if setup.groups else "")
-        + (f" --clients {setup.clients}" if setup.clients else "")
-        + (" --learn-head" if setup.learn_head else "")
-        + (" --sweep" if sweep else "")
-        + (" --brief" if brief else "")
-    )
-    report = {"title": name, "command": command, **report}
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=1, allow_nan=False)
-    (out / "report.json").write_text(text + "\n", encoding="utf-8")
-    (out / "report.html").write_text(page(report), encoding="utf-8")
+        name = Path(setup.source).stem + (f", clients by {setup.clients}" if setup.clients else "")
+        command = (
+            f"cloud-server evaluate-recognizer {setup.source} --recognizer {recognizer} "
+            f"--layers {setup.layers} --dropout {setup.dropout:g} --optimizer {setup.optimizer} "
+            f"--learning-rate {setup.learning_rate:g} --clients-at-once {setup.clients_at_once} "
+            f"--epochs {setup.epochs} --strangers {setup.strangers:g} --seeds {seeds}"
+            + (f" --groups {setup.groups}" if setup.groups else "")
+            + (f" --clients {setup.clients}" if setup.clients else "")
+            + (" --learn-head" if setup.learn_head else "")
+            + (" --sweep" if sweep else "")
+            + (" --brief" if brief else "")
+        )
+        report = {"title": name, "command": command, **report}
+        text = json.dumps(report, indent=1, allow_nan=False)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.json").write_text(text + "\n", encoding="utf-8")
+        (out / "report.html").write_text(page(report), encoding="utf-8")
     click.echo(out / "report.html")
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    try:
-        yield
-    except (FontMissing, ModelError) as err:
-        raise click.ClickException(str(err)) from err

@@ -8,9 +8,8 @@ from typing import TextIO
 
 import click
 
-from cloud_server.errors import ModelError
+from cloud_server.console import one_sentence
 from cloud_server.training.loop import Budget
-from cloud_server.training.starter.scenes import FontMissing
 
 # On two idle cores; one run of exactly this was not seen, see models/starter/CARD.md.
 DEFAULT_MINUTES = {
@@ -93,10 +92,8 @@ def train_starter(
         budget = Budget(steps=steps, minutes=minutes or default)
         _check_earlier_stages(stage, out, work, start)
         click.echo(f"{stage}: on {chosen}, seed {seed}", err=True)
-        try:
+        with one_sentence():
             run_stage(stage, out, work, eyes, start, budget, seed, chosen)
-        except FontMissing as err:
-            raise click.ClickException(str(err)) from err
 
 
 def _check_start(start: Path, stages: tuple[str, ...]) -> None:
@@ -242,10 +239,8 @@ def evaluate_starter(
         raise click.ClickException(
             f"{card_file} has no place for the numbers; add the lines {' and '.join(MARKERS)}"
         )
-    try:
+    with one_sentence():
         report = {"command": command, **evaluate(models, judge, seed, chosen, pictures, compared)}
-    except (FontMissing, ModelError) as err:
-        raise click.ClickException(str(err)) from err
     numbers = card(report)
     if json_file:
         json.dump(report, json_file, indent=1, allow_nan=False)

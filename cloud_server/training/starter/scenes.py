@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from cloud_server.errors import ModelError
+
 FONT_PATHS: Final = (
     Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"),
     Path("/usr/share/fonts/noto/NotoColorEmoji.ttf"),
@@ -96,7 +98,7 @@ Box = tuple[float, float, float, float]
 Pixels = NDArray[np.uint8]
 
 
-class FontMissing(RuntimeError):
+class FontMissing(ModelError):
     """Noto Color Emoji is not installed."""
 
     def __init__(self) -> None:

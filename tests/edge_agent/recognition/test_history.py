@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -113,7 +114,28 @@ def test_a_file_of_a_later_version_says_which(tmp_path: Path) -> None:
     content = bytearray(history.file.read_bytes())
     content[8] = 7
     history.file.write_bytes(content)
-    assert "is of version 7, and this is 1" in str(history.read().note)
+    note = str(history.append(row(2)).note)
+    assert "is of version 7, and this is 1: it is kept as anna.history.other-version" in note
+    aside = tmp_path / "anna.history.other-version"
+    assert aside.read_bytes() == content, "whoever goes back to that version finds it"
+    assert history.read().features[:, 0].tolist() == [2]
+    assert forget(tmp_path, "anna")
+    assert {file.name for file in tmp_path.iterdir()} == {"lock"}
+
+
+def test_what_cannot_be_forgotten_is_said_to_be_there(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    history.append(row(1))
+    history.file.with_suffix(".partial").mkdir()
+    with pytest.raises(HistoryError, match=r"anna\.history is still there, it cannot be deleted"):
+        forget(tmp_path, "anna")
+    assert history.file.is_file()
+
+
+def test_a_name_need_not_be_utf_8(tmp_path: Path) -> None:
+    for name in (os.fsdecode(b"\xff\xfe"), os.fsdecode(b"\xff" * 300)):
+        History(tmp_path, name, DIGEST, WIDTH).append(row(1))
+        assert forget(tmp_path, name)
 
 
 def test_a_history_that_cannot_be_written_is_said_and_stays(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from edge_agent.errors import PictureError
 from edge_agent.recognition.pictures import pictures_in, read_picture
@@ -39,6 +40,51 @@ def test_exif_turns_the_picture(tmp_path: Path) -> None:
     seen = read_picture(tmp_path / "a.jpg", 8).astype(int)
     assert (seen[0, :, 0] > 150).all()
     assert (seen[-1, :, 2] > 150).all()
+
+
+@pytest.mark.parametrize("turn", range(9))
+def test_every_turn_of_exif_is_undone_as_pillow_would(tmp_path: Path, turn: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    pixels = np.random.default_rng(turn).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as opened:
+        wanted = np.asarray(ImageOps.exif_transpose(opened))
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png", 8), wanted)
+
+
+def test_odd_exif_leaves_the_picture_readable(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "A camera"
+    halves().save(tmp_path / "a.jpg", exif=exif, quality=95)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    start = whole.index(b"Exif\0\0")
+    end = start - 2 + int.from_bytes(whole[start - 2 : start])
+    for place in range(start, end):
+        for value in (0x00, 0x01, 0x12, 0xFF):
+            changed = bytearray(whole)
+            changed[place] = value
+            (tmp_path / "b.jpg").write_bytes(changed)
+            assert read_picture(tmp_path / "b.jpg", 8).shape == (8, 8, 3)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(PictureError, match="is no file but a pipe or device"):
+        read_picture(tmp_path / "pipe.png", 8)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+@pytest.mark.parametrize("white", [255, 65535, 1_000_000])
+def test_where_nobody_says_what_white_is_the_usual_ends_count(
+    tmp_path: Path, kind: type, white: int
+) -> None:
+    values = np.full((20, 20), white, kind)
+    values[:, 10:] = white // 2
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    seen = read_picture(tmp_path / "a.tif", 8).astype(int)
+    assert np.abs(seen[:, :3] - 255).max() <= 3
+    assert np.abs(seen[:, 5:] - 127).max() <= 3
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "L", "P", "1", "LA", "RGBA", "I;16", "F", "YCbCr"])

@@ -110,6 +110,8 @@ def test_pictures_of_a_folder_are_each_others_context(
     assert [one.history for one in found] == [15] * 16 + [17] * 3  # 15 before and 2 beside
     assert {best(one) for one in found} == {"red"}
     assert kept(tmp_path, "anna") == 19
+    alone = list(opened(recognizing_bundle, tmp_path, history=0).recognize_all(files, "eve"))
+    assert {(one.history, one.adapted) for one in alone} == {(0, False)}
 
 
 def test_an_unreadable_picture_is_an_error_and_the_others_go_on(
