@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
+from re import fullmatch
 from typing import Any, TypeVar
 
 from edge_agent.bundle import (
@@ -20,6 +21,7 @@ from edge_agent.bundle import (
     RouterSpec,
     TokenizerFiles,
 )
+from edge_agent.config import LONGEST_HISTORY
 from edge_agent.errors import REBUILD, BundleError
 from edge_agent.verified import FileRecord
 
@@ -98,18 +100,20 @@ class _Fields:
     def __init__(self, content: object, where: str, manifest: Path) -> None:
         self.where, self.manifest = where, manifest
         if not isinstance(content, dict):
-            raise self._error(where or "its root", "object")
+            raise self.error("" if where else "its root", "object")
         self.content = content
 
-    def _error(self, key: str, kind: str) -> BundleError:
-        return BundleError(f"{self.manifest} has no usable {key!r} (expected {kind}); {REBUILD}")
+    def error(self, key: str, kind: str) -> BundleError:
+        """Return what to raise for the value of a key that is not of a kind."""
+        path = f"{self.where}{key}"
+        return BundleError(f"{self.manifest} has no usable {path!r} (expected {kind}); {REBUILD}")
 
     def get(self, key: str, kind: type[T]) -> T:
         value = self.content.get(key)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self._error(f"{self.where}{key}", kind.__name__)
+            raise self.error(key, kind.__name__)
         return value
 
     def maybe(self, key: str, kind: type[T]) -> T | None:
@@ -122,7 +126,7 @@ class _Fields:
     def one_of(self, key: str, *values: str) -> str:
         value = self.get(key, str)
         if value not in values:
-            raise self._error(f"{self.where}{key}", " or ".join(values))
+            raise self.error(key, " or ".join(values))
         return value
 
     def child(self, key: str) -> _Fields:
@@ -251,7 +255,7 @@ def _router(fields: _Fields) -> RouterSpec:
 
 
 def _recognizer(fields: _Fields) -> RecognizerSpec:
-    return RecognizerSpec(
+    spec = RecognizerSpec(
         classes=fields.all_of("classes", str),
         side=fields.get("side", int),
         crop=fields.get("crop", float),
@@ -263,3 +267,14 @@ def _recognizer(fields: _Fields) -> RecognizerSpec:
         head=fields.get("head", str),
         adapted=fields.get("adapted", str),
     )
+    for key, valid, kind in (
+        ("side", spec.side > 0, "a number of pixels"),
+        ("crop", 0 < spec.crop <= 1, "a share above 0"),
+        ("width", spec.width > 0, "a number of features"),
+        ("digest", fullmatch("([0-9a-f]{2}){32}", spec.digest), "a SHA-256"),
+        ("history", 0 <= spec.history <= LONGEST_HISTORY, f"0 to {LONGEST_HISTORY}"),
+        ("least_history", (spec.least_history or 0) >= 0, "null or a number of pictures"),
+    ):
+        if not valid:
+            raise fields.error(key, kind)
+    return spec

@@ -99,7 +99,7 @@ def _upright(image: Image) -> Image:
         8: Transpose.ROTATE_90,
     }  # fmt: skip
     try:
-        turn = turns.get(image.getexif().get(_ORIENTATION))
+        turn = turns.get(int(image.getexif().get(_ORIENTATION, 1)))
     except (struct.error, SyntaxError, TypeError, ValueError, KeyError, AttributeError):
         turn = None  # an EXIF block that cannot be read says nothing
     return image if turn is None else image.transpose(turn)

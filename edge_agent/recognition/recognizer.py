@@ -11,7 +11,7 @@ import numpy as np
 
 from edge_agent.bundle import Bundle, RecognizerSpec
 from edge_agent.config import LONGEST_HISTORY
-from edge_agent.errors import BundleError, PictureError
+from edge_agent.errors import REBUILD, BundleError, PictureError
 from edge_agent.recognition.history import Features, History
 from edge_agent.recognition.pictures import Pixels, read_picture, square
 from edge_agent.runtime.networks import Networks
@@ -121,6 +121,11 @@ class Recognizer:
     def _together(self, pictures: Mapping[Path, Pixels], client: str) -> list[Recognition]:
         spec = self._spec
         (features,) = self._backbone.run({"pictures": np.stack(list(pictures.values()))})
+        if features.shape[1] != spec.width:
+            raise BundleError(
+                f"the recogniser's features have {features.shape[1]} numbers and not "
+                f"{spec.width}; {REBUILD}"
+            )
         kept = History(self._histories, client, spec.digest, spec.width).append(features)
         before = kept.features[max(0, len(kept.features) - self._length) :]
         logits, adapted = self._logits(features, before)
@@ -131,9 +136,14 @@ class Recognizer:
         ]
 
     def _labels(self, logits: Features) -> tuple[Label, ...]:
+        names = self._spec.classes
+        if len(logits) != len(names):
+            raise BundleError(
+                f"the recogniser answers with {len(logits)} numbers for {len(names)} classes; "
+                f"{REBUILD}"
+            )
         odds = np.exp(logits - logits.max(), dtype=np.float64)
         best = np.argsort(-logits, kind="stable")[: self._top]
-        names = self._spec.classes
         return tuple(Label(names[i], float(odds[i] / odds.sum())) for i in best)
 
     def _logits(self, features: Features, before: Features) -> tuple[Features, bool]:

@@ -26,7 +26,7 @@ guard()
 import timm  # noqa: E402  the guard must come first
 from timm.models._hub import save_config_for_hf  # noqa: E402  beside the public save_for_hf
 
-SMALL = "resnet10t"  # ours: its four stages this wide, 46 million multiply-adds at 64 pixels
+SMALL = "resnet10t"  # ours: its four stages this wide, 45 million multiply-adds at 64 pixels
 SMALL_CHANNELS = (32, 64, 128, 256)
 BATCH = 128
 LEARNING_RATE = 2e-3
@@ -68,6 +68,19 @@ class Backbone(nn.Module):
         images = (pictures.permute(0, 3, 1, 2).float() - self.mean) / self.std
         maps = self.network.forward_features(images)
         return self.network.forward_head(maps, pre_logits=True)
+
+    @torch.no_grad()
+    def round_as_saved(self) -> None:
+        """Have the weights that `save` keeps; raises ModelError where half precision cannot."""
+        for name, weight in self.network.state_dict().items():
+            if weight.is_floating_point():
+                half = weight.half().float()
+                if not half.isfinite().all():
+                    raise ModelError(
+                        f"the backbone's {name} has values beyond half precision, in which it is "
+                        "shipped; choose another, or rescale it"
+                    )
+                weight.copy_(half)
 
     def save(self, folder: Path) -> None:
         """Write timm's own folder: config.json and the weights in half precision."""
@@ -116,19 +129,21 @@ def open_backbone(source: str) -> Backbone:
                 f"'{source}' is neither a backbone's folder nor a model of timm; name a folder "
                 "with config.json and model.safetensors, or a model such as mobilenetv3_large_100"
             )
-    except (OSError, RuntimeError, SafetensorError, ValueError) as err:
+    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError) as err:
+        said = (str(err) or type(err).__name__).splitlines()[0]
         raise ModelError(
-            f"the backbone '{source}' cannot be opened ({str(err).splitlines()[0]}); fetch or "
-            "train it again"
+            f"the backbone '{source}' cannot be opened ({said}); fetch or train it again"
         ) from err
     return Backbone(network.eval())
 
 
 def train_backbone(
-    samples: Samples, out: Path, work: Path, budget: Budget, seed: int, device: str
+    samples: Samples, work: Path, budget: Budget, seed: int, device: str
 ) -> Backbone:
-    """Train the small network on a world's lessons and save it; a killed run goes on."""
+    """Train the small network on a world's lessons; a killed run on the same goes on."""
     torch.manual_seed(seed)
+    name = f"backbone-{hashlib.sha256(f'{samples.digest} {seed}'.encode()).hexdigest()[:16]}"
+    out = work / name
     model = Backbone(small_network(len(samples.classes), samples.side))
     model.network.to(memory_format=torch.channels_last)
 
@@ -143,7 +158,7 @@ def train_backbone(
         return value, {"loss": value.item(), "right": right}
 
     fit(
-        "backbone",
+        name,
         model,
         loss,
         lr=LEARNING_RATE,

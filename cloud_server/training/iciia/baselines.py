@@ -125,7 +125,8 @@ def _descend(
         cut = np.array_split(mixed, max(1, len(mixed) // (SEQUENCE * at_once)))
         for i, batch in enumerate(cut):
             loss = F.cross_entropy(answer(batch), labels[batch])
-            steps.step(loss, (epoch + i / len(cut)) / schedule.epochs)
+            progress = (epoch + i / len(cut)) / schedule.epochs
+            steps.step(loss, progress, len(batch) / SEQUENCE)
         share, waited = share_right(answer, cohort, parts[1]), waited + 1
         if share > best:
             best, waited, kept = share, 0, _state(model)

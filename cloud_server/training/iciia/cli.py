@@ -117,8 +117,8 @@ def evaluate_recognizer(
     from cloud_server.training.iciia.report import page
     from cloud_server.training.iciia.train import cohort_with
 
-    device = setup.open_device()
     with one_sentence():
+        device = setup.open_device()
         check_writable(out, setup.work)
         model = Recognizer.load(recognizer)
         cohort = cohort_with(

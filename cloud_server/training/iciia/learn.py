@@ -36,9 +36,10 @@ Optimizer = Literal["sgd", "adamw"]
 class Schedule:
     """The paper's settings (supplement A.2), its epochs and patience as upper bounds.
 
-    With "sgd" the rate is constant and that of a step by one client; one by `clients` goes as many
-    times as far. With "adamw" it rises over the first twentieth and falls to nothing at the end,
-    which a few epochs are enough for; there is no early stop, the best epoch is kept.
+    With "sgd" the rate is constant and that of a step by one client; one by several, at most
+    `clients`, goes as many times as far. With "adamw" it rises over the first twentieth and falls
+    to nothing at the end, which a few epochs are enough for; there is no early stop, the best
+    epoch is kept.
     """
 
     optimizer: Optimizer = "sgd"
@@ -119,7 +120,7 @@ def train(
             for i, batch in enumerate(cut):
                 logits = model(cohort.features[batch])
                 loss = F.cross_entropy(logits.flatten(0, -2), labels[batch].flatten())
-                steps.step(loss, (epoch + i / len(cut)) / schedule.epochs)
+                steps.step(loss, (epoch + i / len(cut)) / schedule.epochs, len(batch))
             right = accuracy(model, cohort, val_clients)
             epoch, waited = epoch + 1, waited + 1
             if right > best:
@@ -142,15 +143,16 @@ class Steps:
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer: torch.optim.Optimizer
         if schedule.optimizer == "sgd":
-            rate = schedule.learning_rate * schedule.clients
-            self.optimizer = torch.optim.SGD(self.weights, lr=rate)
+            self.optimizer = torch.optim.SGD(self.weights, lr=schedule.learning_rate)
         else:
             self.optimizer = torch.optim.AdamW(self.weights, lr=schedule.learning_rate, fused=True)
 
-    def step(self, loss: Tensor, progress: float) -> None:
+    def step(self, loss: Tensor, progress: float, clients: float) -> None:
+        """Go by a loss that is the mean over so many clients' batches."""
+        factor = clients
         if self.schedule.optimizer == "adamw":
-            share = min(1.0, progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * progress))
-            self.optimizer.param_groups[0]["lr"] = self.schedule.learning_rate * share
+            factor = min(1.0, progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * progress))
+        self.optimizer.param_groups[0]["lr"] = self.schedule.learning_rate * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.weights, self.schedule.clip)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cloud_server.console import DEVICES, Device
+
 if TYPE_CHECKING:
     from cloud_server.training.iciia.learn import Optimizer, Schedule
 
@@ -62,6 +64,7 @@ _OPTIONS = (
         type=click.FloatRange(min=0, min_open=True),
         default=0.01,
         show_default=True,
+        help="With sgd that of a step by one client: one by 16 goes 16 times as far.",
     ),
     click.option(
         "--clients-at-once",
@@ -91,7 +94,7 @@ _OPTIONS = (
         help="Share of pictures that are learnt among those of all clients, so that the module "
         "does not believe every history; the paper's is 0.",
     ),
-    click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one."),
+    click.option("--device", type=Device(), default="auto", show_default=True, help=str(DEVICES)),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."),
 )
 
@@ -113,7 +116,7 @@ class Setup:
     epochs: int
     learn_head: bool
     strangers: float
-    device: str | None
+    device: str
     threads: int | None
 
     def schedule(self) -> Schedule:
@@ -130,12 +133,17 @@ class Setup:
         )
 
     def open_device(self) -> str:
-        """Return where to train, and let torch have as many threads as were given."""
+        """Return where to train, and let torch have as many threads as were given.
+
+        Raises ModelError for a device that is not here.
+        """
         import torch
+
+        from cloud_server.engine import pick_device
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return pick_device(self.device)
 
 
 def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -69,6 +69,13 @@ class Recognizer:
                 "that cloud-server train-recognizer wrote"
             ) from err
         backbone = open_backbone(str(folder / BACKBONE))
+        named = (len(classes), iciia.config.classes, backbone.classifier.out_features)
+        if len(set(named)) > 1 or iciia.config.width != backbone.width:
+            raise ModelError(
+                f"the parts of '{folder}' do not go together: {named[0]} names, a module of "
+                f"{iciia.config.width} features and {named[1]} classes, a backbone of "
+                f"{backbone.width} and {named[2]}; train it again"
+            )
         return cls(backbone, iciia.eval(), least, classes, about, history)
 
     @torch.inference_mode()

@@ -84,7 +84,8 @@ def _drawn(curves: Mapping[str, Any], axis: str, scale: str = "linear") -> str:
         axes.errorbar(places, means, errors, label=name, marker=".", capsize=2, linewidth=1.2)
     axes.set(xlabel=axis, ylabel="accuracy, %", xscale=scale)
     if scale == "log":
-        axes.set_xticks(places, [f"{place:g}" for place in places])
+        ticks = sorted({float(k) for curve in curves.values() for k in curve})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,27 +52,32 @@ class Samples:
 def read_manifest(file: Path, side: int, crop: float = 1.0) -> Samples:
     """Read a CSV of image,label,client,split; images are files below the folder that it lies in.
 
-    A backbone's lessons are the lines of split `lesson`, or of `train` where there are none.
+    A backbone's lessons are the lines of split `lesson`, or of `train` where there are none. The
+    digest knows files by name, size and time, so that others of the same names are others.
     Raises ModelError naming line and value.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as err:
         raise ModelError(f"the manifest {file} cannot be read ({err}); name a CSV file") from err
-    reader = csv.DictReader(text.splitlines())
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     missing = set(COLUMNS) - set(reader.fieldnames or ())
     if missing:
         raise ModelError(
             f"the manifest {file} has no column {sorted(missing)[0]!r}; its head line must name "
             f"{','.join(COLUMNS)}"
         )
-    rows = [_checked(row, number, file) for number, row in enumerate(reader, 2)]
+    try:
+        rows = [_checked(row, reader.line_num, file) for row in reader]
+    except csv.Error as err:
+        raise ModelError(f"line {reader.line_num} of {file} is not CSV ({err})") from err
     for split in SPLITS[:3]:
         if all(row["split"] != split for row in rows):
             raise ModelError(f"the manifest {file} has no line of split {split!r}; add some")
     classes = tuple(sorted({row["label"] for row in rows}))
     people = sorted({row["client"] for row in rows})
     files = [file.parent / row["image"] for row in rows]
+    states = [(found.st_size, found.st_mtime_ns) for found in (each.stat() for each in files)]
     labels = np.array([classes.index(row["label"]) for row in rows], np.int64)
     splits = np.array([SPLITS.index(row["split"]) for row in rows], np.int8)
 
@@ -97,7 +103,7 @@ def read_manifest(file: Path, side: int, crop: float = 1.0) -> Samples:
         draw=draw,
         lesson=lesson,
         side=side,
-        digest=hashlib.sha256(f"{text} {side} {crop}".encode()).hexdigest(),
+        digest=hashlib.sha256(f"{text} {side} {crop} {states}".encode()).hexdigest(),
     )
 
 
@@ -113,6 +119,11 @@ def _checked(row: dict[str, str], number: int, file: Path) -> dict[str, str]:
         raise ModelError(
             f"line {number} of {file} names {row['image']!r}, which lies outside the manifest's "
             "folder; images are named from there"
+        )
+    if not (file.parent / image).is_file():
+        raise ModelError(
+            f"line {number} of {file} names {row['image']!r}, and there is no such file; put it "
+            "there or remove the line"
         )
     return row
 

@@ -10,17 +10,24 @@ import torch
 
 from cloud_server.errors import ModelError
 from cloud_server.training.iciia.backbone import (
+    SMALL_CHANNELS,
     Backbone,
     features_of,
     open_backbone,
     train_backbone,
 )
 from cloud_server.training.iciia.gate import least_history
-from cloud_server.training.iciia.learn import Cohort, Schedule
+from cloud_server.training.iciia.learn import SEQUENCE, Cohort, Schedule
 from cloud_server.training.iciia.learn import train as learn
 from cloud_server.training.iciia.module import IciiaConfig, tiny_groups
 from cloud_server.training.iciia.recognizer import Recognizer
-from cloud_server.training.iciia.samples import Samples, mixed_clients, read_manifest
+from cloud_server.training.iciia.samples import (
+    Ints,
+    Samples,
+    by_client,
+    mixed_clients,
+    read_manifest,
+)
 from cloud_server.training.iciia.worlds import SIDE, EmojiWorld, omniglot
 from cloud_server.training.loop import Budget
 
@@ -47,21 +54,40 @@ class Plan:
 
 def open_source(source: str, omniglot_folder: Path, backbone: Backbone | None) -> Samples:
     """Return the pictures of a world or of a manifest, as large as the backbone wants them."""
-    if source == "emoji":
-        return EmojiWorld().samples()
-    if source == "omniglot":
-        return omniglot(omniglot_folder)
+    if source in ("emoji", "omniglot"):
+        samples = EmojiWorld().samples() if source == "emoji" else omniglot(omniglot_folder)
+        if backbone and backbone.side != samples.side:
+            raise ModelError(
+                f"the backbone takes pictures of {backbone.side} pixels, and those of {source} "
+                f"have {samples.side}; take one for that size"
+            )
+        return samples
     side, crop = (backbone.side, backbone.crop) if backbone else (SIDE, 1.0)
     return read_manifest(Path(source), side, crop)
 
 
-def cohort_of(samples: Samples, features: torch.Tensor, clients: str | None) -> Cohort:
-    """Put features beside labels and clients; raises ModelError for clients there are none of."""
+def clients_of(samples: Samples, clients: str | None) -> Ints:
+    """Return everybody's client (N,), by the first definition where none is named.
+
+    Raises ModelError for a definition there is none of, and where no client has two pictures to
+    validate by: then nothing could tell whether the module helps.
+    """
     known = list(samples.clients)
     name = clients or known[0]
     if name not in known:
         raise ModelError(f"there are no clients by {name!r} here; choose {' or '.join(known)}")
-    return Cohort(features, samples.labels, samples.splits, samples.clients[name])
+    found = samples.clients[name]
+    if max(map(len, by_client(found, samples.of("val")))) < 2:
+        raise ModelError(
+            "no client has two pictures of the split 'val', so whether a history helps cannot be "
+            "validated; give some clients more"
+        )
+    return found
+
+
+def cohort_of(samples: Samples, features: torch.Tensor, clients: str | None) -> Cohort:
+    """Put features beside labels and clients; raises ModelError as `clients_of`."""
+    return Cohort(features, samples.labels, samples.splits, clients_of(samples, clients))
 
 
 def cohort_with(
@@ -93,16 +119,25 @@ def _check_classes(backbone: Backbone, samples: Samples, source: str) -> None:
         )
 
 
+def _config(plan: Plan, width: int, classes: int) -> IciiaConfig:
+    groups = (plan.groups or tiny_groups(width)) if plan.form == "tiny" else 1
+    try:
+        return IciiaConfig(width, classes, plan.layers, groups=groups, dropout=plan.dropout)
+    except ValueError as err:
+        raise ModelError(str(err)) from err
+
+
 def train(plan: Plan, out: Path) -> Iterator[str]:
     """Train and write the recogniser; yield what is worth telling. Raises ModelError."""
     backbone = open_backbone(plan.backbone) if plan.backbone else None
     samples = open_source(plan.source, plan.omniglot, backbone)
+    clients_of(samples, plan.clients)
+    config = _config(plan, backbone.width if backbone else SMALL_CHANNELS[-1], len(samples.classes))
     yield f"{len(samples.labels)} pictures of {len(samples.classes)} classes"
     if backbone is None:
-        folder = plan.work / "backbone"
-        backbone = train_backbone(
-            samples, folder, plan.work, plan.backbone_budget, plan.seed, plan.device
-        )
+        backbone = train_backbone(samples, plan.work, plan.backbone_budget, plan.seed, plan.device)
+    else:
+        backbone.round_as_saved()
     _check_classes(backbone, samples, plan.source)
     features = _features(backbone, samples, plan.work, plan.device)
     cohort = cohort_of(samples, features, plan.clients)
@@ -112,17 +147,10 @@ def train(plan: Plan, out: Path) -> Iterator[str]:
     yield f"the backbone alone names {plain:.2%} of the validation pictures rightly"
     mixed = mixed_clients(cohort.clients, cohort.splits, plan.heterogeneity, plan.seed)
     learnt = Cohort(features, cohort.labels, cohort.splits, mixed)
-    config = IciiaConfig(
-        width=backbone.width,
-        classes=len(samples.classes),
-        layers=plan.layers,
-        groups=(plan.groups or tiny_groups(backbone.width)) if plan.form == "tiny" else 1,
-        dropout=plan.dropout,
-    )
     model, right = learn(
         learnt, config, plan.schedule, plan.seed, plan.work, start=backbone.classifier
     )
-    yield f"with 15 others of the same client {right:.2%}"
+    yield f"with others of the same client, {SEQUENCE} at a time, {right:.2%}"
     least = least_history(model, named, cohort, plan.seed)
     if least is None:
         yield (

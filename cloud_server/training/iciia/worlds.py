@@ -193,7 +193,7 @@ def omniglot(folder: Path) -> Samples:
     for file in files:
         if not file.is_file():
             raise ModelError(f"{file} is missing; fetch it from github brendenlake/omniglot")
-        with zipfile.ZipFile(file) as archive:
+        with _opened(file) as archive:
             for name in archive.namelist():
                 if name.endswith(".png"):
                     _, alphabet, character, drawing = name.split("/")
@@ -236,3 +236,10 @@ def omniglot(folder: Path) -> Samples:
         side=SIDE,
         digest=hashlib.sha256(f"omniglot {VIEWS} {DRAWERS} {classes}".encode()).hexdigest(),
     )
+
+
+def _opened(file: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, OSError) as err:
+        raise ModelError(f"{file} cannot be opened ({err}); fetch it again") from err

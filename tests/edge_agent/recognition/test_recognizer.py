@@ -76,6 +76,36 @@ def test_a_bundle_that_does_not_say_when_to_ask_it_is_refused(recognizing_bundle
         open_bundle(recognizing_bundle)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("history", 100), ("history", -1), ("digest", "x" * 64), ("digest", "ab"), ("side", 0),
+        ("crop", 0.0), ("width", 0), ("least_history", -1),
+    ],
+)  # fmt: skip
+def test_a_bundle_with_senseless_values_is_refused(
+    recognizing_bundle: Path, key: str, value: object
+) -> None:
+    edit_manifest(recognizing_bundle, lambda it: it["recognizer"].update({key: value}))
+    with pytest.raises(BundleError, match=rf"no usable 'recognizer\.{key}'"):
+        open_bundle(recognizing_bundle)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("classes", ["red", "green"], "answers with 4 numbers for 2 classes"),
+        ("width", 5, "features have 3 numbers and not 5"),
+    ],
+)
+def test_networks_of_another_size_than_the_bundle_says_are_refused(
+    recognizing_bundle: Path, picture: Write, tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    edit_manifest(recognizing_bundle, lambda it: it["recognizer"].update({key: value}))
+    with pytest.raises(BundleError, match=words):
+        opened(recognizing_bundle, tmp_path).recognize(picture("a.png", 250, 20, 20), "anna")
+
+
 def test_a_history_goes_on_in_the_next_process(
     recognizing_bundle: Path, picture: Write, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cloud_server.errors import ModelError
 from cloud_server.training.iciia.backbone import (
@@ -97,9 +98,62 @@ def test_features_that_a_killed_run_made_are_not_made_again(
 def test_a_small_backbone_learns_from_lessons(manifest: Path, tmp_path: Path) -> None:
     samples = read_manifest(manifest, 32)
     budget = Budget(steps=12)
-    model = train_backbone(samples, tmp_path / "out", tmp_path / "work", budget, 0, "cpu")
+    model = train_backbone(samples, tmp_path / "work", budget, 0, "cpu")
     features = torch.from_numpy(features_of(model, samples, tmp_path / "work", "cpu"))
     with torch.inference_mode():
         assert model.classifier(features).shape == (96, 4)
     assert np.isfinite(features.numpy()).all()
-    assert open_backbone(str(tmp_path / "out")).digest == model.digest
+    (saved,) = (file for file in (tmp_path / "work").iterdir() if file.is_dir())
+    assert open_backbone(str(saved)).digest == model.digest
+
+
+def test_a_backbone_of_other_pictures_is_not_gone_on_with(manifest: Path, tmp_path: Path) -> None:
+    def trained(classes: int) -> str:
+        samples = read_manifest(manifest, 32)
+        assert len(samples.classes) == classes
+        return train_backbone(samples, tmp_path / "work", Budget(steps=1), 0, "cpu").digest
+
+    first = trained(4)
+    assert trained(4) == first
+    manifest.write_text(manifest.read_text().replace("colour 3", "colour 2"))
+    assert trained(3) != first
+    manifest.write_text(manifest.read_text().replace("colour 2", "colour 1"))
+    assert trained(2) != first
+
+
+FAMILIES = {
+    "mobilenetv3_small_050": {},
+    "efficientnet_b0": {},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1)},
+    "convnext_atto": {"dims": (16, 24, 32, 40), "depths": (1, 1, 1, 1)},
+    "resnet18": {"layers": (1, 1, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_of_timm_gives_features_and_keeps_its_answers(
+    name: str, tmp_path: Path
+) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model(name, pretrained=False, num_classes=5, **FAMILIES[name]).eval()
+    backbone = Backbone(network)
+    backbone.round_as_saved()
+    pictures = torch.randint(256, (2, backbone.side, backbone.side, 3), dtype=torch.uint8)
+    inputs = (pictures.permute(0, 3, 1, 2).float() - backbone.mean) / backbone.std
+    with torch.inference_mode():
+        features = backbone(pictures)
+        assert features.shape == (2, backbone.width)
+        torch.testing.assert_close(backbone.classifier(features), network(inputs))
+    backbone.save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for key, weight in network.state_dict().items():
+        assert torch.equal(weights[key].float(), weight.float()), "it is measured as it is shipped"
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused() -> None:
+    backbone = Backbone(small_network(4, 32))
+    backbone.network.bn1.running_var.fill_(1e6)
+    with pytest.raises(ModelError, match=r"bn1\.running_var has values beyond half precision"):
+        backbone.round_as_saved()

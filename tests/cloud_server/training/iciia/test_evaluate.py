@@ -137,12 +137,39 @@ def test_the_commands_from_a_manifest_to_a_report(manifest: Path, tmp_path: Path
         (["nothing.csv"], "the manifest nothing.csv cannot be read"),
         (["omniglot", "--omniglot", "nowhere"], "is missing; fetch it from github"),
         (["omniglot", "--backbone", "no_such_net"], "neither a backbone's folder nor a model"),
+        (["omniglot", "--omniglot", "damaged"], "small1.zip cannot be opened (File is not a zip"),
     ],
 )
 def test_what_cannot_be_trained_on_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "images_background_small1.zip").write_bytes(b"PK")
     ran = CliRunner().invoke(main, ["train-recognizer", *arguments, "-o", "out"])
     assert ran.exit_code == 1
     assert words in ran.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "words"),
+    [
+        ("", ["--clients", "drawer"], "there are no clients by 'drawer' here; choose manifest"),
+        ("", ["--groups", "7"], "groups is 7, which does not divide the width 256"),
+        ("", ["--device", "cuda:99"], "device 'cuda:99' is not here"),
+        (",val", [], "no client has two pictures of the split 'val'"),
+    ],
+)
+def test_what_will_not_do_is_said_before_anything_is_trained(
+    manifest: Path, tmp_path: Path, change: str, arguments: list[str], words: str
+) -> None:
+    if change:  # all but one picture of the split are learnt from
+        head, _, rest = manifest.read_text().partition(change)
+        manifest.write_text(head + change + rest.replace(change, ",train"))
+    work = ["-o", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    ran = CliRunner().invoke(main, ["train-recognizer", str(manifest), *work, *arguments])
+    assert ran.exit_code == 1
+    assert words in ran.output
+    assert not (tmp_path / "work").exists()

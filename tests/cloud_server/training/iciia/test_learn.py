@@ -15,6 +15,7 @@ from cloud_server.training.iciia.learn import (
     Cohort,
     Optimizer,
     Schedule,
+    Steps,
     answers,
     batches,
     stacks,
@@ -97,6 +98,17 @@ def test_history_tells_what_the_picture_alone_does_not(trained: Iciia, cohort: C
         named = answers(trained, cohort.features, met).argmax(-1)
         right[k] = (named == labels[met.targets]).float().mean().item()
     assert right[8] > right[0] + 0.05
+
+
+def test_a_step_of_sgd_goes_as_far_as_its_clients_would_one_by_one() -> None:
+    def moved(clients: float) -> float:
+        weight = nn.Linear(1, 1, bias=False)
+        before = weight.weight.item()
+        Steps(weight, Schedule(clients=16)).step(weight.weight.sum(), 0.0, clients)
+        return before - weight.weight.item()
+
+    assert moved(1) == pytest.approx(0.01, rel=1e-4)
+    assert moved(16) == pytest.approx(0.16, rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -51,6 +51,8 @@ def test_a_backbone_learns_from_the_lines_that_are_lessons_where_there_are_some(
         ("client 0,test", "client 0,tset", "has the split 'tset'; write train, val, test, lesson"),
         ("pictures/5.png", "/etc/5.png", "which lies outside the manifest's folder"),
         (",val", ",test", "has no line of split 'val'"),
+        ("pictures/5.png", "pictures/no.png", "line 7 .* names 'pictures/no.png', and there is"),
+        ("pictures/5.png,", "\n\npictures/no.png,", "line 9 .* names 'pictures/no.png'"),
     ],
 )
 def test_a_wrong_manifest_is_refused_in_words(
@@ -59,6 +61,19 @@ def test_a_wrong_manifest_is_refused_in_words(
     manifest.write_text(manifest.read_text().replace(before, after))
     with pytest.raises(ModelError, match=words):
         read_manifest(manifest, 16)
+
+
+def test_a_label_may_hold_any_character(manifest: Path) -> None:
+    text = manifest.read_text(encoding="utf-8")
+    manifest.write_text(text.replace("colour 3", "a\u2028b"), encoding="utf-8")
+    assert "a\u2028b" in read_manifest(manifest, 16).classes
+
+
+def test_other_pictures_of_the_same_names_are_other_samples(manifest: Path) -> None:
+    before = read_manifest(manifest, 16).digest
+    assert read_manifest(manifest, 16).digest == before
+    (manifest.parent / "pictures/3.png").write_bytes(b"another")
+    assert read_manifest(manifest, 16).digest != before
 
 
 def test_a_damaged_picture_names_its_file_and_what_to_do(manifest: Path) -> None:

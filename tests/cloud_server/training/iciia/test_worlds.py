@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 
 from cloud_server.errors import ModelError
+from cloud_server.training.iciia.backbone import Backbone, small_network
+from cloud_server.training.iciia.train import open_source
 from cloud_server.training.iciia.worlds import (
     DRAWERS,
     EMOJI_SIDE,
     EMOJI_TEST,
+    SIDE,
     VIEWS,
     EmojiWorld,
     named_emoji,
@@ -119,3 +122,9 @@ def test_omniglots_lessons_are_by_other_drawers(drawings: Path) -> None:
 def test_omniglot_missing_says_where_it_is_from(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is missing; fetch it from github brendenlake/omniglot"):
         omniglot(tmp_path)
+
+
+def test_a_world_is_not_read_by_a_backbone_for_another_size(drawings: Path) -> None:
+    with pytest.raises(ModelError, match="takes pictures of 32 pixels, and those of omniglot have"):
+        open_source("omniglot", drawings, Backbone(small_network(4, 32)))
+    assert open_source("omniglot", drawings, Backbone(small_network(4, SIDE))).side == SIDE
