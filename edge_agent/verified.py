@@ -86,5 +86,6 @@ def _write_cache(path: Path, content: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(content))
+        there = {name: seal for name, seal in content.items() if Path(name).is_file()}
+        temporary.write_text(json.dumps(there))
         temporary.replace(path)

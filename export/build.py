@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from cloud_server.training.encoders import TextEncoder
@@ -20,6 +21,7 @@ from edge_agent.errors import BundleError
 from export import calibration, text
 from export.bundle_writer import ROUTER_TEXT, SENSITIVITY, BundleWriter, dump
 from export.errors import ExportError, naming
+from export.files import empty, hold
 from export.loss import PICTURES, PROMPTS, PROMPTS_SEED, Exam, judge, judged
 from export.making import STAGES, UNFUSED, Made, make, with_w8a8
 from export.manifest import manifest
@@ -79,16 +81,18 @@ class Row:
 def export_bundle(
     job: Job,
     on_stage: Callable[[Stage], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
     *,
     clock: Callable[[], float] = time.monotonic,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> tuple[Path, list[Row]]:
     """Export every component that is not there yet; return the bundle's folder and a row for each.
 
-    Raises ExportError; the bundle that was there before is then still there.
+    What its owner should know is told to `on_note`. Raises ExportError; the bundle that was there
+    before is then still there.
     """
     try:
-        with _merged(job) as merged:
+        with _merged(job, on_note) as merged:
             return _Export(merged, job.pipeline.folder, on_stage, clock).run(now())
     except OSError as err:
         raise ExportError(
@@ -100,17 +104,28 @@ def export_bundle(
 
 
 @contextmanager
-def _merged(job: Job) -> Iterator[Job]:
-    """Give the job with its LoRAs in the pipeline, which lies beside the bundle meanwhile."""
-    if not job.loras:
+def _merged(job: Job, on_note: Callable[[str], None]) -> Iterator[Job]:
+    """Give the job with its LoRAs in the pipeline, which lies beside the bundle meanwhile.
+
+    What a killed export left of that goes.
+    """
+    out = job.out.expanduser().resolve()
+    folder = out.with_name(f"{out.name}.merged")
+    if not job.loras and not folder.exists():
         yield job
         return
-    from export.lora import merge  # needs peft, which nobody else does
+    held = hold(folder)
+    try:
+        empty(folder)
+        if job.loras:
+            from export.lora import merge  # needs peft, which nobody else does
 
-    out = job.out.expanduser().resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{out.name}.merged-", dir=out.parent) as folder:
-        yield replace(job, pipeline=merge(job.pipeline, job.loras, Path(folder)), loras=())
+            merged = merge(job.pipeline, job.loras, folder, on_note)
+            job = replace(job, pipeline=merged, loras=())
+        yield job
+    finally:
+        shutil.rmtree(folder)
+        os.close(held)
 
 
 class _Export:
@@ -185,7 +200,9 @@ class _Export:
                 replace(row, component=replace(row.component, loss=losses.each.get(name)))
                 for name, row in zip(made, rows, strict=True)
             ]
-        return writer.finish([row.component for row in rows], content, reports), rows
+        path = writer.finish([row.component for row in rows], content, reports)
+        writer.close()
+        return path, rows
 
     def _make_all(
         self, also: Sequence[str], content: Mapping[str, Any]

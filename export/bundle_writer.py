@@ -7,7 +7,9 @@ from, and renamed at the end; until then an earlier bundle stays as it is.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 from edge_agent.bundle import MANIFEST, Bundle, Component, Loss, Parity, open_bundle
 from edge_agent.verified import FileRecord
 from export.errors import ExportError
-from export.files import file_sha256, link
+from export.files import empty, file_sha256, hold, link
 
 DONE = "components.json"  # in the partial folder: which components are finished
 MODEL = "model.onnx"
@@ -49,8 +51,8 @@ class Losses:
 class BundleWriter:
     """A bundle in the making; `fresh` forgets earlier and half-finished ones.
 
-    Raises ExportError when `out` holds anything that is not a bundle's, OSError when it cannot
-    be written.
+    Raises ExportError when `out` holds anything that is not a bundle's, or another export writes
+    there, OSError when it cannot be written. `close` lets others write.
     """
 
     def __init__(self, out: Path, *, fresh: bool = False) -> None:
@@ -60,9 +62,10 @@ class BundleWriter:
         if self._old.exists() and not self.out.exists():  # killed between the two renames
             self._old.rename(self.out)
         _refuse_foreign(self.out)
+        # Held as long as there is a writer, or two would write into each other's files.
+        self.close = weakref.finalize(self, os.close, hold(self.partial))
         if fresh:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True, exist_ok=True)
+            empty(self.partial)
         earlier = {} if fresh else _read_components(self.out / MANIFEST, "components")
         self._earlier = {name: (self.out, component) for name, component in earlier.items()}
         self._done = _read_components(self.partial / DONE, None)

@@ -217,7 +217,9 @@ def _export(silent: bool, recognizer: Path | None, **job: Any) -> tuple[Path, Se
             from export.recognizer import open_recognizer
 
             known = open_recognizer(recognizer) if recognizer else None
-            return export_bundle(Job(recognizer=known, **job), show)
+            return export_bundle(
+                Job(recognizer=known, **job), show, lambda said: tqdm.write(said, sys.stderr)
+            )
 
 
 def _read_prompts(file: Path) -> list[str]:

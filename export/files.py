@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -51,6 +52,32 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def hold(folder: Path) -> int:
+    """Make a folder and hold it for this process until the descriptor returned is closed.
+
+    Raises ExportError where another process, or another export of this one, holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        os.close(descriptor)
+        raise ExportError(
+            f"another export is writing to '{folder}'; wait for it or choose another folder with -o"
+        ) from err
+    return descriptor
+
+
+def empty(folder: Path) -> None:
+    """Remove all that a folder holds."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def save_beside(model: ONNXModel, file: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
@@ -18,6 +19,7 @@ from cloud_server.training.encoders import TextEncoder
 from cloud_server.training.labels.prompts import sample_prompts
 from export import components, denoisers
 from export.bundle_writer import DECODER, PREVIEW_DECODER
+from export.errors import ExportError
 from export.files import digest_of
 from export.network import Network
 from export.parity import GATES
@@ -31,6 +33,7 @@ import diffusers  # noqa: E402  the guard must come first
 REVISION = 8  # raise when components come out differently, so that none older is kept
 # Captions that int8 is rounded by: others than its loss is measured on.
 CALIBRATION, CALIBRATION_SEED = 256, 21
+NOT_EXPORTED = ("encoder.", "quant_conv.")  # halves of autoencoders
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +83,12 @@ def parts_of(
         return components.text_encoder(each.tower, each.context_length, ids)
 
     def denoiser() -> Network:
-        kind = getattr(diffusers, family.denoiser_class)
-        model = kind.from_pretrained(pipeline.folder / family.denoiser, torch_dtype=torch.float32)
+        model = _whole(family.denoiser_class, pipeline.folder / family.denoiser)
         module = denoisers.WRAPPERS[family.denoiser_class](model, texts.width)
         return denoisers.denoiser(module, size, texts.context_length, step=pipeline.latent_step)
 
     def vae_decoder(drawn: Pipeline) -> Network:
-        kind = getattr(diffusers, drawn.vae["_class_name"])
-        vae = kind.from_pretrained(drawn.vae_folder, torch_dtype=torch.float32)
-        return components.vae_decoder(vae, size)
+        return components.vae_decoder(_whole(drawn.vae["_class_name"], drawn.vae_folder), size)
 
     decoders = {DECODER: pipeline}
     if pipeline.preview is not None and pipeline.preview is not pipeline:
@@ -126,3 +126,27 @@ def parts_of(
             for name, files, load in (recognizer.parts if recognizer else ())
         ),
     ]
+
+
+def _whole(kind: str, folder: Path) -> Any:
+    """Load a model of diffusers; raises ExportError where weights are missing or do not fit.
+
+    The library fills in what is missing with nothing at all, which is found out much later.
+    """
+    try:
+        model, found = getattr(diffusers, kind).from_pretrained(
+            folder, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except ValueError as err:  # with advice for who calls the library
+        clause = str(err).partition(". ")[0].partition(", but got")[0].rpartition(" because ")[2]
+        raise ExportError(
+            f"the weights in '{folder}' do not fit its config.json ({clause}); fetch or train it "
+            "again"
+        ) from err
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith(NOT_EXPORTED))
+    if missing:
+        raise ExportError(
+            f"weights are missing in '{folder}', {len(missing)} of them, the first {missing[0]}; "
+            "fetch or train it again"
+        )
+    return model

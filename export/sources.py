@@ -29,8 +29,23 @@ HUB_PARTS_NOT_USED = (
     "tokenizer_3/*",
 )
 
-# Stable Diffusion 1 comes with PNDM; this solver needs half its steps on the same schedule.
-REPLACED = {"PNDMScheduler": "DPMSolverMultistepScheduler"}
+# Stable Diffusion 1 comes with PNDM; one solver takes its place and that of others that walk the
+# same path, in half the steps.
+SOLVER = "DPMSolverMultistepScheduler"
+REPLACED = (
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+# Options of the path, which stay then; what only the other solver reads goes.
+OF_THE_PATH = {
+    "beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "prediction_type",
+    "rescale_betas_zero_snr", "steps_offset", "thresholding", "timestep_spacing", "trained_betas",
+    "use_beta_sigmas", "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas",
+}  # fmt: skip
 # Settings of UNets that ask for inputs which the device does not feed, but for those values.
 EXTRA_INPUTS: dict[str, dict[str, tuple[str | None, ...]]] = {
     "stable-diffusion": {
@@ -138,7 +153,10 @@ class Pipeline:
         return self.denoiser.get("time_cond_proj_dim") is not None
 
     def drawing(self) -> Drawing:
-        """Return the settings in defaults.json, or usual ones at the size of training."""
+        """Return the settings in defaults.json, or usual ones at the size of training.
+
+        Raises ExportError for what nothing can be drawn by.
+        """
         side = self.latent_size * self.vae_scale
         steps, guidance = self._usual()
         usual = {"width": side, "height": side, "steps": steps, "guidance": guidance}
@@ -146,7 +164,22 @@ class Pipeline:
         wanted = read_json(own) if own.is_file() else {}
         asked = {"steps": self.steps, "guidance": self.guidance}
         wanted |= {key: value for key, value in asked.items() if value is not None}
-        return Drawing(**{key: wanted.get(key, value) for key, value in usual.items()})
+        found = {key: wanted.get(key, value) for key, value in usual.items()}
+        for key, value in found.items():
+            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            strength = isinstance(value, int | float) and 0 <= value < math.inf
+            if not (strength if key == "guidance" else whole):
+                raise ExportError(
+                    f"{key} of '{self.name}' is {value!r} where none is asked for; it must be a "
+                    f"number {'from 0 on' if key == 'guidance' else 'above 0'}"
+                )
+        step = self.vae_scale * self.latent_step
+        if found["width"] % step or found["height"] % step:
+            raise ExportError(
+                f"'{self.name}' would draw {found['width']}x{found['height']} where no size is "
+                f"asked for; sides must be multiples of {step}"
+            )
+        return Drawing(**found)
 
     def _usual(self) -> tuple[int, float]:
         name, spacing = self.scheduler["_class_name"], self.scheduler.get("timestep_spacing")
@@ -201,7 +234,8 @@ def open_pipeline(source: str, name: str | None = None) -> Pipeline:
         )
     family = FAMILIES[kind]
     for part, supported in {**family.classes, "scheduler": (*SCHEDULERS, *REPLACED)}.items():
-        found = (index.get(part) or [None, None])[1]
+        found = index.get(part)
+        found = found[1] if isinstance(found, list) and len(found) == 2 else None
         if found not in supported:
             raise ExportError(
                 f"the {part} of '{source}' is a {found}, which the device cannot run; "
@@ -209,6 +243,8 @@ def open_pipeline(source: str, name: str | None = None) -> Pipeline:
             )
     denoiser = read_json(folder / family.denoiser / "config.json")
     _check_inputs(source, family, denoiser)
+    vae = _read_vae(folder / "vae", str(index["vae"][1]))
+    _check_channels(source, family, denoiser, vae)
     for encoder in family.encoders:
         read_json(folder / encoder.folder / "config.json")
     return Pipeline(
@@ -219,7 +255,7 @@ def open_pipeline(source: str, name: str | None = None) -> Pipeline:
         scheduler=_read_scheduler(source, folder, str(index["scheduler"][1])),
         denoiser=denoiser,
         vae_folder=folder / "vae",
-        vae=_read_vae(folder / "vae", str(index["vae"][1])),
+        vae=vae,
     )
 
 
@@ -283,10 +319,34 @@ def _check_inputs(source: str, family: Family, denoiser: Mapping[str, Any]) -> N
             )
 
 
+def _check_channels(
+    source: str, family: Family, denoiser: Mapping[str, Any], vae: Mapping[str, Any]
+) -> None:
+    """Refuse networks whose latents do not go through each other; the device would find out."""
+    if not isinstance(denoiser.get("in_channels"), int):
+        raise ExportError(
+            f"the {family.denoiser} of '{source}' does not say its in_channels; fetch or train the "
+            "model again"
+        )
+    taken = denoiser["in_channels"]
+    for what, given in (
+        (f"the {family.denoiser} gives", denoiser.get("out_channels", taken)),
+        ("its autoencoder has", vae.get("latent_channels", 4)),
+    ):
+        if given not in (taken, None):
+            raise ExportError(
+                f"the {family.denoiser} of '{source}' takes latents of {taken} channels, and "
+                f"{what} {given}; choose a text-to-image model (one for inpainting takes more)"
+            )
+
+
 def _read_scheduler(source: str, folder: Path, kind: str) -> dict[str, Any]:
     """Read the scheduler's configuration, and try whether the device has a sampler for it."""
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    config["_class_name"] = REPLACED.get(kind, kind)
+    if kind in REPLACED:
+        config = {key: value for key, value in config.items() if key in OF_THE_PATH}
+        kind = SOLVER
+    config["_class_name"] = kind
     try:
         make_sampler(config, steps=2)
     except BundleError as err:
@@ -301,6 +361,11 @@ def _read_vae(folder: Path, kind: str | None = None) -> dict[str, Any]:
         raise ExportError(
             f"the autoencoder in '{folder}' is a {config['_class_name']}, which the device cannot "
             f"run; supported: {', '.join(VAES)}"
+        )
+    if not (config.get("block_out_channels") or config.get("decoder_block_out_channels")):
+        raise ExportError(
+            f"the autoencoder in '{folder}' does not say its block_out_channels; fetch or train it "
+            "again"
         )
     if config.get("latents_mean") is not None:
         raise ExportError(

@@ -15,7 +15,13 @@ from torch.nn.functional import cosine_similarity
 
 from cloud_server.errors import ModelError
 from cloud_server.torchvision_guard import guard
-from cloud_server.training.encoders import TextEncoder, assemble, open_encoder, read_tokenizer
+from cloud_server.training.encoders import (
+    TextEncoder,
+    assemble,
+    open_encoder,
+    read_tokenizer,
+    whole,
+)
 from cloud_server.training.towers import ClipTower
 from export.bundle_writer import DIFFUSION_TEXTS, ROUTER_TEXT
 from export.errors import ExportError
@@ -99,8 +105,8 @@ def from_pipeline(folder: Path, family: Family) -> list[TextEncoder]:
     encoders = []
     for each in family.encoders:
         kind = getattr(transformers, each.kind)
-        model = kind.from_pretrained(folder / each.folder, dtype=torch.float32)
         try:
+            model = whole(kind, folder / each.folder, dtype=torch.float32)
             tokenizer = read_tokenizer(folder / each.tokenizer)
             tower = PipelineTower(
                 model, int(tokenizer.pad_token_id), family.text_states == "penultimate"

@@ -145,17 +145,33 @@ def _transformers(
     settings: dict[str, Any] = {"dtype": torch.float32}
     tower: Tower
     if config.model_type in CLIP_TYPES:
-        model = CLIPTextModel.from_pretrained(source, **settings)
+        model = whole(CLIPTextModel, source, **settings)
         tower = ClipTower(model, int(tokenizer.pad_token_id) if vocabulary else None)
     else:
         known = type(config) in transformers.AutoModelForTextEncoding._model_mapping
         kind = transformers.AutoModelForTextEncoding if known else transformers.AutoModel
-        model = kind.from_pretrained(source, **settings)
+        model = whole(kind, source, **settings)
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
         tower = HuggingFaceTower(getattr(model, "text_model", model))
     files = (source,) if isinstance(source, Path) else ()
     return assemble(name, tower, tokenizer, files)
+
+
+def whole(kind: Any, source: str | Path, **settings: Any) -> Any:
+    """Load a model of transformers; raises ModelError where weights are missing.
+
+    The library would fill them in at random. Poolers that we never ask may be.
+    """
+    model, found = kind.from_pretrained(source, output_loading_info=True, **settings)
+    spared = ("position_ids", "pooler.")
+    missing = sorted(key for key in found["missing_keys"] if not any(s in key for s in spared))
+    if missing:
+        raise ModelError(
+            f"weights are missing in '{source}', {len(missing)} of them, the first {missing[0]}; "
+            "fetch or train it again"
+        )
+    return model
 
 
 def _open_clip(

@@ -101,6 +101,8 @@ def is_out_of_memory(err: Exception) -> bool:
         "cannot allocate",
         "out of memory",
         "bad allocation",
+        "can't alloc",
+        "failed to map segment",  # of a library that is loaded
     )
     return isinstance(err, MemoryError) or any(sign in text for sign in signs)
 

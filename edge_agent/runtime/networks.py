@@ -124,9 +124,13 @@ class Networks:
             if name not in self._known:
                 part = self.bundle.component(name)
                 choice = self.plan.choose(part, precise=precise)
-                check_precision(part, choice.provider)
+                self.check(part, choice.provider)
                 self._known[name] = LazyNetwork(self, part, choice, static, precise)
             return self._known[name]
+
+    def check(self, part: Component, provider: Provider) -> None:
+        """Raise BundleError for a precision that is not to be computed there."""
+        check_precision(part, provider)
 
     def open_now(self, *networks: LazyNetwork) -> None:
         """Open networks before they are run, where memory allows; raises what running would."""
@@ -183,6 +187,7 @@ class Networks:
             return OpenVinoSession(
                 file,
                 threads=self.threads,
+                inputs=part.inputs,
                 f32=provider is Provider.OPENVINO_F32,
                 shapes=shapes,
                 compiled=self._kept(part, provider, shapes).with_suffix(".blob"),

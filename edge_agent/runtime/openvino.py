@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache as once
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,8 @@ def _core() -> openvino.Core:
 class OpenVinoSession:
     """One ONNX network compiled by OpenVINO for the processor.
 
-    `f32` computes in 32 bits where the device would take fewer. `shapes` fixes the inputs' sizes.
+    `inputs` are their names in the ONNX file: where 16-bit inputs are cast OpenVINO has others
+    too. `f32` computes in 32 bits where the device would take fewer. `shapes` fixes their sizes.
     `compiled` is the file where the compiled network is kept: its name must stand for the model's
     digest, versions, device, threads and shapes. `halved` is the file, ending in .xml, where a
     large network is kept with weights of 16 bits if it computes in 16 bits: its name must stand
@@ -90,6 +91,7 @@ class OpenVinoSession:
         path: Path,
         *,
         threads: int,
+        inputs: Sequence[str] = (),
         f32: bool = False,
         shapes: Shapes | None = None,
         compiled: Path | None = None,
@@ -124,7 +126,7 @@ class OpenVinoSession:
                 f"OpenVINO {version()} cannot load {path} ({first_line(err)}); "
                 "choose --provider cpu, or run `python -m export` to write it again"
             ) from err
-        ports = {port.get_any_name(): port for port in self._compiled.inputs}
+        ports = {_name_of(port, inputs): port for port in self._compiled.inputs}
         self.inputs: dict[str, np.dtype[Any]] = {
             name: np.dtype(port.get_element_type().to_dtype()) for name, port in ports.items()
         }
@@ -173,6 +175,10 @@ class OpenVinoSession:
                     f"OpenVINO failed in {self.path} ({name} has the shape {found} and not "
                     f"{wanted}); check the --size, or run `edge-agent doctor`"
                 )
+
+
+def _name_of(port: Any, names: Sequence[str]) -> str:
+    return next((name for name in names if name in port.get_names()), port.get_any_name())
 
 
 @once

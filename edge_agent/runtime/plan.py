@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.bundle import Component
-from edge_agent.precision import HALF, W8A8
+from edge_agent.precision import HALF, W8A8, suits
 from edge_agent.runtime import providers
 from edge_agent.runtime.checked import LEAST_PSNR_DB
 from edge_agent.types import Provider
@@ -122,6 +122,10 @@ class Plan:
         if Provider.CPU not in seconds:
             return _unmeasured(part, precise)
         seconds[Provider.CPU] -= WORTH_S
+        if not suits(part, Provider.CPU):
+            del seconds[Provider.CPU]
+            if not seconds:
+                return _unmeasured(part, precise)
         fastest = min(seconds, key=lambda one: seconds[one])
         return Choice(fastest, f"best of {len(known)} measured here")
 

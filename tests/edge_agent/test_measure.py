@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from edge_agent.runtime import openvino, providers
 from edge_agent.runtime.plan import Measured, Plan
 from edge_agent.types import Provider, Request
 
+Rewrite = Callable[[Path, Callable[[dict[str, Any]], None]], None]
 Told = list[tuple[str, Provider, Measured]]
 
 
@@ -34,6 +37,14 @@ def test_every_network_is_measured_on_every_provider(told: Told) -> None:
     assert {(name, provider) for name, provider, _ in told} == drawing | deciding
     assert all(found.right and found.seconds for _, _, found in told)
     assert {found.psnr_db for _, provider, found in told if provider is Provider.CPU} == {200.0}
+
+
+def test_what_is_in_half_precision_is_measured_too(tiny_bundle: Path, rewrite: Rewrite) -> None:
+    """The CPU answers for the others to be compared with, though it would not draw so."""
+    rewrite(tiny_bundle, lambda it: it["components"]["unet"].update(precision="fp16"))
+    results: Told = []
+    measure(open_bundle(tiny_bundle), 1, lambda *result: results.append(result))
+    assert {one for name, one, _ in results if name == "unet"} == set(providers.available())
 
 
 @pytest.mark.skipif(openvino.version() is None, reason="OpenVINO is not installed")

@@ -17,12 +17,14 @@ import onnxruntime as ort
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from cloud_server.training import predictor
 from edge_agent.bundle import open_bundle
 from export.build import export_bundle
-from export.errors import ExportError
+from export.bundle_writer import BundleWriter
+from export.errors import ExportError, naming
 from export.sources import open_pipeline, open_router
 from export.text import PROBES, open_text
 from tests import tiny
@@ -164,6 +166,66 @@ def test_a_router_of_another_text_encoder_is_refused(exported, tmp_path):
     ):
         export_bundle(job)
     assert not job.out.exists()
+
+
+def test_two_exports_do_not_write_into_one_folder(copied):
+    writer = BundleWriter(copied.out)
+    with pytest.raises(ExportError, match=r"another export is writing to '.*bundle\.partial'"):
+        export_bundle(replace(copied, fresh=True))
+    assert writer.partial.is_dir()
+    writer.close()
+    export_bundle(copied)
+
+
+def test_what_a_killed_merge_left_goes(copied):
+    left = copied.out.with_name("bundle.merged")
+    (left / "unet").mkdir(parents=True)
+    export_bundle(copied)
+    assert not left.exists()
+
+
+def without_weight(folder: Path, part: str) -> str:
+    (file,) = (folder / part).glob("*.safetensors")
+    weights = load_file(file)
+    # Not of an autoencoder's encoder, which no device needs.
+    name = next(key for key in sorted(weights, reverse=True) if not key.startswith("encoder."))
+    del weights[name]
+    save_file(weights, file, {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_weights_that_are_missing_are_not_made_up(copied, tmp_path, part):
+    folder = tiny.make_pipeline(tmp_path / "broken", seed=7)
+    name = without_weight(folder, part)
+    before = open_bundle(copied.out)
+    with pytest.raises(
+        ExportError, match=rf"weights are missing in '.*{part}', 1 .* first {name};"
+    ):
+        export_bundle(replace(copied, pipeline=open_pipeline(str(folder))))
+    assert open_bundle(copied.out) == before
+
+
+def test_weights_of_another_shape_are_one_sentence(copied, tmp_path):
+    folder = tiny.make_pipeline(tmp_path / "broken")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"conv_in.weight": torch.zeros(1, 2, 3, 3)}, file, {"format": "pt"})
+    with pytest.raises(ExportError, match=r"in '.*unet' do not fit its config\.json \(conv_in"):
+        export_bundle(replace(copied, pipeline=open_pipeline(str(folder))))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("could not create a primitive"), "memory ran out while the unet was"),
+        (MemoryError(), "memory ran out while the unet was exported"),
+        (RuntimeError("Fail: Failed to write weights to x"), "could not be written .* make room"),
+    ],
+)
+def test_a_machine_that_is_too_small_is_not_blamed_on_the_model(error, told):
+    with pytest.raises(ExportError, match=told), naming("unet"):
+        raise error
 
 
 def test_a_component_that_cannot_be_exported_is_named(copied, tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 
+import diffusers
 import pytest
 
-from export.sources import Pipeline, open_pipeline
+from export.errors import ExportError
+from export.sources import REPLACED, SOLVER, Pipeline, open_pipeline
 from tests import tiny
 
 
@@ -70,3 +74,66 @@ def test_only_xl_takes_zeros_for_an_empty_prompt(pipeline):
     xl = replace(pipeline, family=STABLE_DIFFUSION_XL)
     assert replace(xl, index={}).empty_is_zeros  # diffusers' default
     assert not replace(xl, index={"force_zeros_for_empty_prompt": False}).empty_is_zeros
+
+
+def changed_json(folder, name, **changes):
+    """Write changes into a JSON file of a pipeline; None takes a key away."""
+    content = json.loads((folder / name).read_text()) | changes
+    kept = {key: value for key, value in content.items() if value is not None}
+    (folder / name).write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("unet/config.json", {"in_channels": 9}, "takes latents of 9 channels, and the unet gives"),
+        ("vae/config.json", {"latent_channels": 5}, "of 8 channels, and its autoencoder has 5"),
+        ("unet/config.json", {"in_channels": None}, "does not say its in_channels"),
+        (
+            "vae/config.json",
+            {"block_out_channels": None, "decoder_block_out_channels": None},
+            "does not say its block_out_channels",
+        ),
+        ("model_index.json", {"unet": "x"}, "the unet of .* is a None"),
+    ],
+)
+def test_a_folder_whose_parts_do_not_go_together_is_refused(tmp_path, name, changes, told):
+    folder = tiny.make_pipeline(tmp_path / "tiny")
+    changed_json(folder, name, **changes)
+    with pytest.raises(ExportError, match=told):
+        open_pipeline(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"steps": 0}, "steps of 'tiny' is 0 where none is asked for; it must be a number above 0"),
+        ({"width": "abc"}, "width of 'tiny' is 'abc'"),
+        (
+            {"width": 65},
+            "would draw 65x64 where no size is asked for; sides must be multiples of 8",
+        ),
+        ({"guidance": -1}, "guidance of 'tiny' is -1 .* a number from 0 on"),
+        ({"guidance": math.nan}, "guidance of 'tiny' is nan"),
+    ],
+)
+def test_defaults_that_nothing_can_be_drawn_by_are_refused(tmp_path, changes, told):
+    folder = tiny.make_pipeline(tmp_path / "tiny")
+    changed_json(folder, "defaults.json", **changes)
+    with pytest.raises(ExportError, match=told):
+        open_pipeline(str(folder)).drawing()
+
+
+@pytest.mark.parametrize("solver", REPLACED)
+def test_the_path_of_another_solver_is_kept_and_its_own_options_are_not(tmp_path, solver):
+    folder = tiny.make_pipeline(tmp_path / "tiny")
+    kind = getattr(diffusers, solver)
+    own = {"beta_start": 0.003, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    kind(**own).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    changed_json(folder, "model_index.json", scheduler=["diffusers", solver])
+    assert index["scheduler"][1] != solver
+    scheduler = open_pipeline(str(folder)).scheduler
+    assert scheduler["_class_name"] == SOLVER
+    assert own.items() <= scheduler.items()
+    assert "solver_type" not in scheduler

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from edge_agent.errors import BundleError, Cancelled, GenerationError
 from edge_agent.runtime import openvino
@@ -81,6 +82,21 @@ def test_what_the_export_fuses_is_read_rightly(tmp_path: Path, activation: str) 
     feeds = {"x": rng.standard_normal((8, 8))}
     session = OpenVinoSession(file, threads=1, f32=True)
     assert psnr_db(Session(file, threads=1, optimized=True).run(feeds), session.run(feeds)) > 100
+
+
+def test_inputs_of_a_network_in_16_bits_have_their_names(tmp_path: Path) -> None:
+    """OpenVINO takes a cast away, and the name behind it comes first then."""
+    weight = np.random.default_rng(0).standard_normal((8, 8), np.float32)
+    nodes = [helper.make_node("MatMul", ["x", "weight"], ["y"])]
+    file = model(tmp_path / "whole.onnx", nodes, {"weight": weight})
+    half = convert_float_to_float16(onnx.load(file), keep_io_types=True)
+    onnx.save(half, tmp_path / "half.onnx")
+    session = OpenVinoSession(tmp_path / "half.onnx", threads=1, inputs=("x",))
+    assert list(session.inputs) == ["x"]
+    feeds = {"x": np.ones((2, 8), np.float32)}
+    assert psnr_db(Session(file, threads=1).run(feeds), session.run(feeds)) > 50
+    with pytest.raises(GenerationError, match=r"x has the shape None"):
+        session.run({})
 
 
 @pytest.mark.parametrize("width", [40, 64])

@@ -43,6 +43,13 @@ def test_files_of_16_bits_do_not_wait_for_a_measurement(plan: Plan, part: Compon
     assert plan.choose(half, precise=True).provider is EXACT
 
 
+def test_files_of_16_bits_are_not_for_the_cpu_however_fast(plan: Plan, part: Component) -> None:
+    half = replace(part, precision="fp16")
+    plan.remember(half, {CPU: Measured(1.0, 200.0), FAST: Measured(2.0, 45.0)})
+    assert plan.choose(half) == Choice(FAST, "best of 2 measured here")
+    assert plan.choose(half, precise=True).provider is EXACT
+
+
 def test_files_of_16_bits_go_to_a_gpu_first(
     plan: Plan, part: Component, monkeypatch: pytest.MonkeyPatch
 ) -> None:
