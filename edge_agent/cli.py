@@ -22,6 +22,7 @@ from edge_agent.terminal import (
     cancellable,
     note,
     note_ignored,
+    note_unheard,
     output_file,
     previews,
     print_json,
@@ -149,6 +150,7 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
         tags = _tags(agent.bundle, settings, result)
     if not settings.quiet:
         note_ignored(result.decision)
+        note_unheard(result)
     file = output_file(settings.output, result.prompt, result.picture.seed)
     write_png(file, result.picture.image, png_record(result, tags))
     if settings.json:

@@ -22,6 +22,8 @@ from edge_agent.types import (
     OnEvent,
     Preview,
     Queued,
+    Result,
+    Route,
     Step,
 )
 
@@ -41,6 +43,13 @@ def note_ignored(decision: Decision) -> None:
     """Say it where the prompt was longer than the text encoder reads."""
     if count := decision.ignored_tokens:
         note(f"the prompt is longer than the model reads; its last {count} tokens were ignored")
+
+
+def note_unheard(result: Result) -> None:
+    """Say it where a negative prompt had no say: guidance is what it speaks through."""
+    guidance = result.picture.guidance
+    if result.negative_prompt and result.drawn_on is Route.EDGE and guidance <= 1:
+        note(f"the negative prompt had no say at guidance {guidance:g}; it has one from above 1 on")
 
 
 def print_json(content: Mapping[str, Any]) -> None:

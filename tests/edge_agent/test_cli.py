@@ -104,6 +104,13 @@ def test_the_end_of_a_prompt_that_is_too_long_is_ignored_aloud(
     assert done.stderr == ""
 
 
+def test_a_negative_prompt_that_nobody_hears_is_told(command: Command) -> None:
+    given = ("generate", "a cat", "--offline", "--negative-prompt", "a dog", "-o", "a.png")
+    note = "the negative prompt had no say at guidance 1; it has one from above 1 on"
+    assert note in command(*given, "--guidance", "1").stderr
+    assert "had no say" not in command(*given, "--guidance", "2").stderr
+
+
 def test_route_reads_prompts_from_a_file_and_from_stdin(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
