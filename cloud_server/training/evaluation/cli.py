@@ -233,12 +233,19 @@ def _plan(
     # A prompt that lacks seeds which others have is too noisy to judge by.
     among = np.flatnonzero(labels.drawn.all(1))
     if fresh is not None:
-        return these(labels.prompts, np.intersect1d(among, fresh), 1, seed)
+        among = np.intersect1d(among, fresh)
+        if judged or folds:
+            raise ConfigError(
+                f"this router is judged on the {len(among)} prompts that its training held out; "
+                "leave --held-out and --folds away"
+            )
     if len(among) < 2:
         raise DataError(
             "no two prompts of these labels have every seed, so none can be judged; pass the file "
             "with most seeds alone, or label with the same"
         )
+    if fresh is not None:
+        return these(labels.prompts, among, 1, seed)
     if judged or (len(among) >= SMALL and not folds):
         return held_out(labels.prompts, judged or len(among) // 3, seeds, seed, among)
     return cross_validation(labels.prompts, folds or 5, repeats, seed, among)

@@ -173,6 +173,9 @@ def test_a_router_is_judged_on_prompts_that_its_training_held_out(labels, encode
     plan = json.loads(numbers.read_text(encoding="utf-8"))["plan"]
     assert (plan["judged"], plan["description"]) == (8, "8 held-out prompts, 32 to learn from")
     assert "not known" not in result.stdout
+    result = run("--labels", file, *usual, "--folds", 3)
+    assert result.exit_code == 2
+    assert "judged on the 8 prompts that its training held out; leave" in said(result.stderr)
 
 
 @pytest.mark.parametrize(
