@@ -141,6 +141,7 @@ def main(
         pipeline = pipeline if vae is None else with_vae(pipeline, vae)
         pipeline = pipeline if preview_vae is None else with_preview(pipeline, preview_vae)
         pipeline = replace(pipeline, steps=steps, guidance=guidance)
+        pipeline.drawing()  # what it cannot draw by is said before any work
         path, rows = _export(
             silent,
             recognizer,
