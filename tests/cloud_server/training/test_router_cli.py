@@ -191,7 +191,7 @@ def test_only_a_router_is_replaced(labels, encoder, tmp_path):
     assert "holds 'thesis.txt', which is no part of a router; name a new folder" in message
     assert (out / "thesis.txt").read_text(encoding="utf-8") == "years of work"
     assert (out / "router.json").is_file()
-    assert {file.name for file in tmp_path.iterdir()} == {"mine", "mine.work", "labels.parquet"}
+    assert {file.name for file in tmp_path.iterdir()} == {"mine", "labels.parquet"}
 
 
 def test_a_place_where_nothing_can_be_written_is_said_before_training(labels, tmp_path):
