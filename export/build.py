@@ -124,7 +124,7 @@ def _merged(job: Job, on_note: Callable[[str], None]) -> Iterator[Job]:
             job = replace(job, pipeline=merged, loras=())
         yield job
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # what stays goes with the next export here
         os.close(held)
 
 
