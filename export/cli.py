@@ -53,8 +53,8 @@ class Precision(click.ParamType):
 @click.command("export", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--starter", type=FOLDER, help="Folder of starter models; default: those shipped.")
 @click.option("--edge-model", metavar="ID_OR_DIR", help="Diffusers pipeline the device draws with.")
-@click.option("--vae", type=FOLDER, help="Autoencoder to decode with, such as TAESD's folder.")
-@click.option("--preview-vae", type=FOLDER, help="Small autoencoder to show previews with.")
+@click.option("--vae", metavar="ID_OR_DIR", help="Autoencoder to decode with, such as TAESD.")
+@click.option("--preview-vae", metavar="ID_OR_DIR", help="Small autoencoder to preview with.")
 @click.option(
     "--lora",
     "loras",
@@ -113,8 +113,8 @@ class Precision(click.ParamType):
 def main(
     starter: Path | None,
     edge_model: str | None,
-    vae: Path | None,
-    preview_vae: Path | None,
+    vae: str | None,
+    preview_vae: str | None,
     loras: tuple[str, ...],
     text_encoder: str | None,
     router: Path | None,

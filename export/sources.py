@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from export.files import read_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.json", "tokenizer*/*", "scheduler/*", "*/config.json", "*/*.safetensors")
+HUB_VAE_FILES = ("config.json", "diffusion_pytorch_model*")
 HUB_PARTS_NOT_USED = (
     "*.fp16.*",
     "*non_ema*",
@@ -100,7 +101,7 @@ class Pipeline:
     def preview(self) -> Pipeline | None:
         """The pipeline as it decodes previews, None where it has no decoder that is small."""
         if self.preview_vae is not None:
-            return with_vae(self, self.preview_vae)
+            return _with_vae(self, self.preview_vae)
         return self if self.vae["_class_name"] == SMALL_VAE else None
 
     @property
@@ -218,7 +219,7 @@ def open_pipeline(source: str, name: str | None = None) -> Pipeline:
 
     Raises ExportError when there is none or it holds a class or setting that the device cannot run.
     """
-    folder = _folder_of(source)
+    folder = _folder_of(source, HUB_FILES)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ExportError(
@@ -259,11 +260,15 @@ def open_pipeline(source: str, name: str | None = None) -> Pipeline:
     )
 
 
-def with_vae(pipeline: Pipeline, folder: Path) -> Pipeline:
-    """Return the pipeline with the autoencoder in `folder` in the place of its own.
+def with_vae(pipeline: Pipeline, source: str) -> Pipeline:
+    """Return the pipeline with another autoencoder, of a folder or hub id, in the place of its own.
 
     Raises ExportError when there is none or its latents are others.
     """
+    return _with_vae(pipeline, _folder_of(source, HUB_VAE_FILES))
+
+
+def _with_vae(pipeline: Pipeline, folder: Path) -> Pipeline:
     vae = _read_vae(folder)
     changed = replace(pipeline, vae_folder=folder, vae=vae)
     for what, own, other in (
@@ -278,12 +283,13 @@ def with_vae(pipeline: Pipeline, folder: Path) -> Pipeline:
     return changed
 
 
-def with_preview(pipeline: Pipeline, folder: Path) -> Pipeline:
-    """Return the pipeline with the small autoencoder in `folder` for its previews.
+def with_preview(pipeline: Pipeline, source: str) -> Pipeline:
+    """Return the pipeline with a small autoencoder, of a folder or hub id, for its previews.
 
     Raises ExportError when there is none, it is a large one, or its latents are others.
     """
-    kind = with_vae(pipeline, folder).vae["_class_name"]
+    folder = _folder_of(source, HUB_VAE_FILES)
+    kind = _with_vae(pipeline, folder).vae["_class_name"]
     if kind != SMALL_VAE:
         raise ExportError(
             f"the autoencoder in '{folder}' is of the kind {kind}, too slow for previews; "
@@ -397,7 +403,8 @@ def open_router(folder: Path) -> RouterFolder:
     return RouterFolder(folder, int(config["width"]), spec)
 
 
-def _folder_of(source: str) -> Path:
+def _folder_of(source: str, files: Sequence[str]) -> Path:
+    """Return the folder `source`, or the one where `files` of the hub id `source` are kept."""
     if Path(source).is_dir():
         return Path(source)
     if not HUB_ID.fullmatch(source):
@@ -407,7 +414,7 @@ def _folder_of(source: str) -> Path:
 
     try:
         fetched = snapshot_download(
-            source, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_PARTS_NOT_USED)
+            source, allow_patterns=list(files), ignore_patterns=list(HUB_PARTS_NOT_USED)
         )
     except (HfHubHTTPError, HFValidationError, OSError) as err:
         raise ExportError(

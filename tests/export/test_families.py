@@ -88,10 +88,10 @@ def export(workshop: Path, tmp_path: Path) -> Export:
         if not folder.exists():
             families.MAKERS[name](folder)
         pipeline = replace(open_pipeline(str(folder)), **families.SETTINGS.get(name, {}))
-        pipeline = pipeline if vae is None else with_vae(pipeline, vae)
+        pipeline = pipeline if vae is None else with_vae(pipeline, str(vae))
         strange = name in STRANGE
         job = Job(
-            pipeline=pipeline if preview_vae is None else with_preview(pipeline, preview_vae),
+            pipeline=pipeline if preview_vae is None else with_preview(pipeline, str(preview_vae)),
             router=open_router(workshop / ("router-of-clip" if strange else "router")),
             text_encoder=workshop / "clip" if strange else None,
             loras=[open_lora(each) for each in loras],

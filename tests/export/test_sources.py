@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import pytest
 
 from export.errors import ExportError
-from export.sources import REPLACED, SOLVER, Pipeline, open_pipeline
+from export.sources import REPLACED, SOLVER, Pipeline, open_pipeline, with_preview, with_vae
 from tests import tiny
 
 
@@ -137,3 +140,34 @@ def test_the_path_of_another_solver_is_kept_and_its_own_options_are_not(tmp_path
     assert scheduler["_class_name"] == SOLVER
     assert own.items() <= scheduler.items()
     assert "solver_type" not in scheduler
+
+
+@pytest.fixture
+def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], Path]:
+    """Put a folder where huggingface_hub keeps what it has fetched of a hub id."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def keep(name: str, folder: Path) -> Path:
+        home = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text("0" * 40)
+        return Path(shutil.copytree(folder, home / "snapshots" / ("0" * 40)))
+
+    return keep
+
+
+def test_pipeline_and_autoencoders_may_be_hub_ids(tmp_path, fetched):
+    folder = tiny.make_pipeline(tmp_path / "tiny")
+    fetched("some/pipeline", folder)
+    small = fetched("some.one/taesd", folder / "vae")
+    pipeline = open_pipeline("some/pipeline")
+    assert pipeline.name == "some/pipeline"
+    assert with_vae(pipeline, "some.one/taesd").vae_folder == small
+    assert with_preview(pipeline, "some.one/taesd").preview_vae == small
+
+
+def test_an_autoencoder_that_is_neither_folder_nor_fetched_is_named(pipeline, tmp_path, fetched):
+    with pytest.raises(ExportError, match="'some/other' is no folder here and could not be"):
+        with_vae(pipeline, "some/other")
+    with pytest.raises(ExportError, match=r"there is no folder '.*taesd'"):
+        with_vae(pipeline, str(tmp_path / "taesd"))
