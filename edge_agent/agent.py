@@ -214,8 +214,8 @@ class EdgeAgent:
         self, request: Request, on_event: OnEvent | None, cancellation: Cancellation | None
     ) -> Result:
         started = self._clock()
+        self._edge.open_soon(request, likely=request.route is not Route.CLOUD)
         self._edge.open(drawing=False)
-        self._edge.open_soon(likely=request.route is not Route.CLOUD)
         router = self._edge.router(self._share)
         opened = self._clock()
         decision, encoded = router.decide(request.prompt)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from threading import Lock
 
 from edge_agent.diffusion.decoding import SMALL_TILE
-from edge_agent.diffusion.generator import EdgeGenerator
+from edge_agent.diffusion.generator import EdgeGenerator, guides, latents_of
 from edge_agent.routing.encoder import TextEncoder, Tokenizer
 from edge_agent.routing.router import Router
-from edge_agent.runtime.network import Backend
+from edge_agent.runtime.network import Backend, Shapes
 from edge_agent.runtime.networks import LazyNetwork, Networks
-from edge_agent.types import Memory
+from edge_agent.types import Memory, Request
 
 
 class Edge:
@@ -63,15 +63,16 @@ class Edge:
 
         Not in memory mode `low`, which opens each right before its run.
         """
-        self._networks.open_now(*self._deciding())
+        self._networks.open_now(*self._deciding(), known=self._fed())
         if drawing:
-            self._networks.open_now(*self._drawing())
+            self._networks.open_now(*self._drawing(), known=self._fed())
 
-    def open_soon(self, *, likely: bool) -> None:
-        """Open the networks that draw in the background, if it is `likely` that they will."""
+    def open_soon(self, request: Request, *, likely: bool) -> None:
+        """Open what would draw `request` in the background, if it is `likely` that it will."""
         if likely or self._networks.memory is Memory.HIGH:
             *encoders, denoiser, vae_decoder = self._drawing()
-            self._networks.open_soon(denoiser, *encoders, vae_decoder)
+            known = self._fed(request.width, request.height, request.guidance)
+            self._networks.open_soon(denoiser, *encoders, vae_decoder, known=known)
 
     def release(self) -> None:
         """Let go of what the memory mode does not keep between requests."""
@@ -103,6 +104,23 @@ class Edge:
             self._networks.get(spec.denoiser, static=True),
             self._networks.get("vae_decoder", static=True),
         ]
+
+    def _fed(
+        self, width: int | None = None, height: int | None = None, guidance: float | None = None
+    ) -> dict[str, Shapes]:
+        """Return what is known of the networks' inputs before a prompt is read."""
+        spec = self.bundle.diffusion
+        latents = latents_of(spec, width or spec.width, height or spec.height)
+        inputs = self.bundle.component(spec.denoiser).inputs
+        twice = guides(spec.guidance if guidance is None else guidance, inputs)
+        prompts: dict[str, Shapes] = {
+            name: {"input_ids": (1, files.context_length)}
+            for name, files in self.bundle.tokenizers.items()
+        }
+        return prompts | {
+            spec.denoiser: {"sample": (1 + twice, *latents[1:])},
+            "vae_decoder": {"latent_sample": latents},
+        }
 
     def _text_network(self, name: str) -> LazyNetwork:
         padded = self.bundle.tokenizers[name].pad_id is not None

@@ -42,7 +42,15 @@ class Task:
 Draw = Callable[[int, int], np.ndarray]  # seed, steps -> (H, W, 3) uint8
 
 
-def ours(task: Task, **wanted: str) -> Draw:
+@dataclass(frozen=True)
+class Contender:
+    """Somebody who draws; `open` opens what is not open yet, nothing for most."""
+
+    draw: Draw
+    open: Callable[[], object] = lambda: None
+
+
+def ours(task: Task, **wanted: str) -> Contender:
     """The device as a user has it, deciding included; `wanted` as in `--ours`."""
     from edge_agent import EdgeAgent, Request, Route, open_bundle
     from edge_agent.config import resolve
@@ -65,7 +73,7 @@ def ours(task: Task, **wanted: str) -> Draw:
         request = Request(PROMPT, seed=seed, steps=steps, route=Route.EDGE)
         return np.asarray(agent.generate(request).picture.image)
 
-    return draw
+    return Contender(draw, agent.open)
 
 
 def diffusers(task: Task, dtype: str) -> Draw:
@@ -237,12 +245,12 @@ def _tokens(end: int) -> np.ndarray:
     return ids
 
 
-def open_contender(name: str, task: Task) -> Draw:
+def open_contender(name: str, task: Task) -> Contender:
     """Open one by name; "ours" takes settings, as in "ours provider=openvino memory=low"."""
     kind, *words = name.split()
     if kind == "ours":
         return ours(task, **dict(word.split("=", 1) for word in words))
-    return {
+    draw = {
         "diffusers-fp32": lambda: diffusers(task, "float32"),
         "diffusers-bf16": lambda: diffusers(task, "bfloat16"),
         "optimum": lambda: optimum(task),
@@ -251,3 +259,4 @@ def open_contender(name: str, task: Task) -> Draw:
         "torch-fp32": lambda: text_in_torch(task),
         "onnxruntime-int8": lambda: text_int8(task),
     }[kind]()
+    return Contender(draw)

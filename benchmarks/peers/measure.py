@@ -19,17 +19,20 @@ from benchmarks.peers.contenders import Task, open_contender
 def measure(wanted: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     """Draw, and return what it took and the picture of seed 0.
 
-    `first_s` is from the start of the process to the first picture, which has `warm_up_steps`.
+    `first_s` is from the start of the process to the first picture, which has `warm_up_steps`; or,
+    if `ready`, which draws nothing, `ready_s` to when everything is open.
     """
-    task = Task(Path(wanted["home"]), wanted["threads"])
-    draw = open_contender(wanted["contender"], task)
-    draw(0, wanted["warm_up_steps"])
+    contender = open_contender(wanted["contender"], Task(Path(wanted["home"]), wanted["threads"]))
+    if wanted.get("ready"):
+        contender.open()
+        return {"ready_s": time.monotonic() - wanted["started"]}, np.zeros(0)
+    contender.draw(0, wanted["warm_up_steps"])
     first_s = time.monotonic() - wanted["started"]
     times = []
     picture = np.zeros(0)
     for index in range(wanted["repeats"]):
         begun = time.perf_counter()
-        drawn = draw(index, wanted["steps"])
+        drawn = contender.draw(index, wanted["steps"])
         times.append(time.perf_counter() - begun)
         picture = drawn if index == 0 else picture
     return {"first_s": first_s, "times_s": times, "peak_rss_mb": _peak_rss_mb()}, picture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,6 @@ class EdgeGenerator:
         self._tile = tile
         self._conditioner = Conditioner(spec, text_encoders)
         self._clock = clock
-        # Consistency models are distilled with guidance as an input instead of a second run.
-        self._takes_guidance = "guidance" in denoiser.inputs
 
     def plan(self, request: Request, seed: int) -> Plan:
         """Fill in the model's defaults; raise ConfigError for a size or sampler it cannot draw."""
@@ -133,7 +131,7 @@ class EdgeGenerator:
     def _condition(self, plan: Plan, request: Request, encoded: Mapping[str, Encoded]) -> Feeds:
         """Return what the denoiser is fed at every step: one row, or with guidance two."""
         feeds = self._conditioner.encode(request.prompt, encoded)
-        if plan.guidance > 1 and not self._takes_guidance:
+        if guides(plan.guidance, self._denoiser.inputs):
             against = self._conditioner.against(request.negative_prompt)
             feeds = {name: np.concatenate([against[name], feeds[name]]) for name in feeds}
         # SDXL is told the size of the original, where it was cropped, and the target's size.
@@ -151,10 +149,9 @@ class EdgeGenerator:
         cancellation: Cancellation | None,
     ) -> np.ndarray:
         spec, sampler = self._spec, make_sampler(plan.scheduler, plan.steps)
-        rows, columns = plan.height // spec.vae_scale, plan.width // spec.vae_scale
         # Philox's stream is fixed by numpy for good, so a seed means one picture everywhere.
         noise = np.random.Generator(np.random.Philox(plan.seed))
-        shape = (1, spec.latent_channels, rows, columns)
+        shape = latents_of(spec, plan.width, plan.height)
 
         def draw() -> np.ndarray:
             return noise.standard_normal(shape, np.float32)
@@ -212,6 +209,19 @@ class EdgeGenerator:
     @staticmethod
     def _run(decoder: Network, cancellation: Cancellation | None) -> Decode:
         return lambda unscaled: decoder.run({"latent_sample": unscaled}, cancellation)[0]
+
+
+def guides(guidance: float, inputs: Collection[str]) -> bool:
+    """Whether each step is drawn twice, the second time against the negative prompt.
+
+    Consistency models are distilled with guidance among the denoiser's `inputs` instead.
+    """
+    return guidance > 1 and "guidance" not in inputs
+
+
+def latents_of(spec: DiffusionSpec, width: int, height: int) -> tuple[int, int, int, int]:
+    """Return the shape (1, c, h, w) of the latents of a picture."""
+    return 1, spec.latent_channels, height // spec.vae_scale, width // spec.vae_scale
 
 
 def _broke_down(step: int, steps: int, guidance: float) -> GenerationError:

@@ -18,7 +18,7 @@ import numpy as np
 from edge_agent.bundle import Bundle, Component
 from edge_agent.errors import AgentError, Cancelled
 from edge_agent.precision import W8A8, check_precision
-from edge_agent.runtime import providers
+from edge_agent.runtime import providers, sizes
 from edge_agent.runtime.checked import Checked
 from edge_agent.runtime.network import Backend, Engine, Shapes
 from edge_agent.runtime.openvino import OpenVinoSession
@@ -26,12 +26,14 @@ from edge_agent.runtime.plan import Choice, Measured, Plan, cache_folder, digest
 from edge_agent.runtime.session import Session, default_threads
 from edge_agent.types import Cancellation, Memory, Provider
 
+NOTHING: Mapping[str, Shapes] = {}
+
 
 class LazyNetwork:
     """One network of a bundle, open while it is needed; any number of threads may run it.
 
     `static` says that it is fed few shapes, so that a provider may compile for each. `by_shape`:
-    this one does, and so it is opened at its first run only.
+    this one does, and opens ahead of its first run only for shapes that it was opened for before.
     """
 
     def __init__(
@@ -45,10 +47,14 @@ class LazyNetwork:
         self._open: dict[tuple[tuple[str, tuple[int, ...]], ...], Engine] = {}
         self.backend: Backend | None = None
 
-    def open(self) -> None:
-        """Open it now, not at its first run; raises what running it would."""
-        if not self.by_shape:
-            self._engine(None)
+    def open(self, known: Shapes | None = None) -> None:
+        """Open it now, not at its first run; raises what running it would.
+
+        `known` are the shapes of inputs that are known already; those of all must be by shape.
+        """
+        shapes = self._networks.sizes_like(self, known or {}) if self.by_shape else None
+        if shapes is not None or not self.by_shape:
+            self._engine(shapes)
 
     def close(self) -> None:
         """Let go of it; a run in another thread ends in peace."""
@@ -78,6 +84,8 @@ class LazyNetwork:
     def _start(self, shapes: Shapes | None) -> Engine:
         networks, part, provider = self._networks, self.part, self.choice.provider
         engine = networks.start(part, provider, shapes)
+        if shapes is not None:
+            networks.remember_size(part, provider, shapes)
         if provider is Provider.CPU or not self.precise:
             return engine
         known = networks.plan.measured(part, [provider]).get(provider)
@@ -132,13 +140,16 @@ class Networks:
         """Raise BundleError for a precision that is not to be computed there."""
         check_precision(part, provider)
 
-    def open_now(self, *networks: LazyNetwork) -> None:
-        """Open networks before they are run, where memory allows; raises what running would."""
+    def open_now(self, *networks: LazyNetwork, known: Mapping[str, Shapes] = NOTHING) -> None:
+        """Open networks before they are run, where memory allows; raises what running would.
+
+        `known` are shapes that they will be fed, by name.
+        """
         if self.memory is not Memory.LOW:
             for network in networks:
-                network.open()
+                network.open(known.get(network.part.name))
 
-    def open_soon(self, *networks: LazyNetwork) -> None:
+    def open_soon(self, *networks: LazyNetwork, known: Mapping[str, Shapes] = NOTHING) -> None:
         """Open networks in the background, where memory allows; what fails is told at the run."""
         if self.memory is Memory.LOW:
             return
@@ -146,7 +157,7 @@ class Networks:
             # One at a time: a network that opens takes a processor, and there is other work.
             self._opening = self._opening or ThreadPoolExecutor(1, "opening")
             for network in networks:
-                self._opening.submit(_try_to_open, network)
+                self._opening.submit(_try_to_open, network, known.get(network.part.name))
 
     def release(self) -> None:
         """Let go of what the memory mode does not keep between requests."""
@@ -205,6 +216,17 @@ class Networks:
             cache=None if provider is Provider.CPU else self._kept(part, provider, shapes),
         )
 
+    def remember_size(self, part: Component, provider: Provider, shapes: Shapes) -> None:
+        """Note what a network was opened for, so that it is opened for it ahead next time."""
+        sizes.remember(self._sizes(part, provider), shapes)
+
+    def sizes_like(self, network: LazyNetwork, known: Shapes) -> Shapes | None:
+        """Return the shapes that a network was opened for before, if any agree with `known`."""
+        return sizes.remembered(self._sizes(network.part, network.choice.provider), known)
+
+    def _sizes(self, part: Component, provider: Provider) -> Path:
+        return self._kept(part, provider, None).with_suffix(".sizes.json")
+
     def _kept(self, part: Component, provider: Provider, shapes: Shapes | None) -> Path:
         """Return where `provider` keeps what it compiles: never one place for two outcomes."""
         about = [digest_of(part), provider, providers.engine_of(provider)]
@@ -217,6 +239,6 @@ class Networks:
         return self._cache / "compiled" / f"{part.name}-{provider.base}-{key}"
 
 
-def _try_to_open(network: LazyNetwork) -> None:
+def _try_to_open(network: LazyNetwork, known: Shapes | None) -> None:
     with suppress(AgentError):
-        network.open()
+        network.open(known)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from edge_agent.agent import EdgeAgent, LazyCloud
-from edge_agent.bundle import open_bundle
+from edge_agent.bundle import Component, open_bundle
 from edge_agent.cloud.client import CloudClient
 from edge_agent.diffusion.generator import EdgeGenerator
 from edge_agent.errors import (
@@ -31,6 +31,9 @@ from edge_agent.errors import (
 )
 from edge_agent.routing.budget.ledger import Ledger, Limits
 from edge_agent.routing.budget.pacer import Pace
+from edge_agent.runtime import openvino
+from edge_agent.runtime.network import Engine
+from edge_agent.runtime.networks import Networks
 from edge_agent.types import (
     Cancellation,
     Event,
@@ -38,6 +41,7 @@ from edge_agent.types import (
     Memory,
     OnEvent,
     Picture,
+    Provider,
     Request,
     Route,
     Step,
@@ -339,6 +343,34 @@ def test_with_much_memory_everything_opens_wherever_it_is_drawn(make_agent: Make
     agent.open()
     assert set(agent.backends) == {"text_encoder", "predictor", "unet", "vae_decoder"}
     assert set(result.backends) == {"text_encoder", "predictor"}
+
+
+@pytest.mark.skipif(openvino.version() is None, reason="OpenVINO is not installed")
+def test_networks_compiled_for_a_size_open_ahead_the_next_time(make_agent: MakeAgent) -> None:
+    drawing, guided = {"unet", "vae_decoder"}, Request(EASY, width=48, guidance=3.0)
+    first = make_agent(provider=Provider.OPENVINO)
+    first.open()
+    assert not drawing & first.backends.keys()
+    first.generate(Request(EASY))
+    first.generate(guided)
+    again = make_agent(provider=Provider.OPENVINO)
+    again.open()
+    assert drawing < again.backends.keys()
+
+    opened, start, ahead = [], Networks.start, threading.Event()
+
+    def noting(networks: Networks, part: Component, *how: Any) -> Engine:
+        if part.name == "unet":
+            ahead.set()
+        elif part.name == "text_encoder":
+            assert ahead.wait(60)  # while it is not decided yet
+        opened.append(part.name)
+        return start(networks, part, *how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Networks, "start", noting)
+        make_agent(provider=Provider.OPENVINO).generate(guided)
+    assert sorted(name for name in opened if name in drawing) == sorted(drawing)
 
 
 @pytest.mark.parametrize("memory", list(Memory))

@@ -137,15 +137,32 @@ def test_openvino_compiles_for_each_size_and_keeps_one_or_all(tiny_bundle: Path)
     for memory in (Memory.NORMAL, Memory.HIGH):
         opened = networks(tiny_bundle, provider=Provider.OPENVINO, memory=memory)
         decoder = opened.get("vae_decoder", static=True)
-        opened.open_now(decoder)  # it is not known yet for which size
-        assert opened.backends == {}
         for feeds in (LATENT, wide, LATENT):
             decoder.run(feeds)
         counts[memory] = len(opened.started)
     assert counts == {Memory.NORMAL: 3, Memory.HIGH: 2}
-    kept = sorted(file.name for file in (tiny_bundle / "cache" / "compiled").iterdir())
+    kept = sorted((tiny_bundle / "cache" / "compiled").glob("*.blob"))
     assert len(kept) == 2
-    assert all(name.startswith("vae_decoder-openvino-") for name in kept)
+    assert all(file.name.startswith("vae_decoder-openvino-") for file in kept)
+
+
+@needs_openvino
+def test_what_was_compiled_for_a_size_opens_ahead_of_its_next_run(tiny_bundle: Path) -> None:
+    sizes = {side: {"latent_sample": (1, 4, 8, side)} for side in (8, 16, 24)}
+    for side in (8, 16):
+        before = networks(tiny_bundle, provider=Provider.OPENVINO).get("vae_decoder", static=True)
+        before.open(sizes[side])  # not compiled for it yet
+        assert before.backend is None
+        before.run({"latent_sample": np.ones(sizes[side]["latent_sample"], np.float32)})
+    for known, ahead in (({}, 16), (sizes[8], 8), (sizes[16], 16), (sizes[24], None)):
+        opened = networks(tiny_bundle, provider=Provider.OPENVINO)
+        decoder = opened.get("vae_decoder", static=True)
+        opened.open_now(decoder, known={"vae_decoder": known})
+        if ahead is None:
+            assert opened.backends == {}
+            continue
+        decoder.run({"latent_sample": np.ones(sizes[ahead]["latent_sample"], np.float32)})
+        assert opened.started == [("vae_decoder", Provider.OPENVINO, sizes[ahead])]
 
 
 @needs_openvino
