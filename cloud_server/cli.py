@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from cloud_server import config
-from cloud_server.console import DEVICES, Device, one_sentence
+from cloud_server.console import Device, one_sentence
 from cloud_server.errors import ModelError
 
 # Training imports torch; each command is found when it is called for, its summary stands here.
@@ -57,7 +57,8 @@ class _LazyGroup(click.Group):
         if cmd_name not in _LAZY:
             return super().get_command(ctx, cmd_name)
         module, _, attribute = _LAZY[cmd_name][0].partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
+        with one_sentence():  # what it imports may not be installed
+            command: click.Command = getattr(import_module(module), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -100,7 +101,7 @@ def _option(name: str, help_text: str, **settings: Any) -> Callable[[Any], Any]:
 )
 @_option("--queue", "Pictures that may wait.", type=click.IntRange(min=0), default=8)
 @_option("--threads", "CPU threads of the model.  [default: torch's]", type=click.IntRange(min=1))
-@_option("--device", f"One of {', '.join(DEVICES)}.", type=Device(), default="auto")
+@_option("--device", "auto, cpu, cuda or cuda:N.", type=Device(), default="auto")
 @_option("--debug", "Log more, and show tracebacks.", is_flag=True)
 def serve(
     model: str | None,

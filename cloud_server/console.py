@@ -1,8 +1,9 @@
-"""What the commands share: how errors of ours end, and how a device is written."""
+"""What the commands share: options, how errors of ours end, and how a command was given."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from cloud_server.errors import ConfigError, ServerError
 
@@ -33,6 +35,33 @@ class Device(click.ParamType):
         return str(value)
 
 
+device_option = click.option(
+    "--device", type=Device(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."
+)
+debug_option = click.option("--debug", is_flag=True, help="Show the whole traceback of an error.")
+
+
+def given_command() -> str:
+    """Return the command that is running, with the options as they were given."""
+    context = click.get_current_context()
+    words = ["cloud-server", str(context.command.name)]
+    for option in context.command.params:
+        name = str(option.name)
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        flag = [] if isinstance(option, click.Argument) else [option.opts[-1]]
+        if isinstance(value, bool):
+            words.append(option.opts[0] if value else option.secondary_opts[0])
+        else:
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [*flag, shlex.quote(str(one))]
+    return " ".join(words)
+
+
 @contextmanager
 def one_sentence(*, debug: bool = False) -> Iterator[None]:
     """Turn our errors into one sentence on stderr and the exit code that belongs to it."""
@@ -44,8 +73,8 @@ def one_sentence(*, debug: bool = False) -> Iterator[None]:
         if debug:
             raise
         raise click.ClickException(
-            f"the server needs the package {error.name!r}, which is not installed; run "
-            "pip install -c constraints.txt 'routet2i-edge[cloud]'"
+            f"this command needs the package {error.name!r}, which is not installed; in a clone "
+            "of the project run pip install -c constraints.txt '.[cloud]'"
         ) from error
     except OSError as error:
         if debug or error.filename is None:

@@ -261,7 +261,8 @@ def own_defaults(source: Path | str) -> dict[str, float]:
         whole = name != "guidance"
         number = isinstance(value, int) if whole else isinstance(value, int | float)
         if not number or isinstance(value, bool) or value < whole:
-            raise ModelError(f"{path} has {name} = {value!r}; it needs a positive number there")
+            needed = "a whole number above 0" if whole else "a number from 0 on"
+            raise ModelError(f"{path} has {name} = {value!r}; it needs {needed} there")
         settings[name] = value
     return settings
 

@@ -263,9 +263,9 @@ class EdgeAgent:
 
     def _why_no_cloud(self, request: Request) -> str:
         if request.private:
-            return "route cloud contradicts a private request; drop --private or the route"
+            return "the route cloud and a private request exclude each other; drop one of them"
         if self._offline:
-            return "route cloud contradicts --offline; drop one of them"
+            return "the route cloud and --offline exclude each other; drop one of them"
         return "no cloud is configured; give its address with --cloud HOST:PORT"
 
     def _overrule(self, decision: Decision, request: Request) -> Decision:

@@ -57,10 +57,22 @@ class DefaultGroup(click.Group):
     """A group that takes anything but a command's name for the arguments of `generate`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put `generate` in front of a bare prompt."""
-        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
+        """Put `generate` in front of a bare prompt; refuse a command that is misspelt."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
+            self._refuse_misspelt(ctx, args[0])
             args = ["generate", *args]
         return super().parse_args(ctx, args)
+
+    def _refuse_misspelt(self, ctx: click.Context, word: str) -> None:
+        import difflib
+
+        if len(word.split()) > 1:
+            return
+        for near in difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75):
+            ctx.fail(
+                f"{word!r} is no command; did you mean {near!r}? A picture of that word is drawn "
+                f"by `{PROGRAM} generate {word}`"
+            )
 
 
 def settings_options(*names: str) -> Callable[[Command], Command]:
@@ -81,7 +93,10 @@ def settings_options(*names: str) -> Callable[[Command], Command]:
     return decorate
 
 
-@click.group(cls=DefaultGroup, context_settings={"max_content_width": 100})
+@click.group(
+    cls=DefaultGroup,
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="routet2i-edge", prog_name=PROGRAM)
 def cli() -> None:
     """Draw pictures on this device when it is good enough, in the cloud where that buys quality.
@@ -211,7 +226,9 @@ def recognize(state: State, /, images: tuple[Path, ...], forget: str | None, **f
 
 
 @cli.command()
-@click.option("--measure", is_flag=True, help="First time every provider, for --provider auto.")
+@click.option(
+    "--measure", is_flag=True, help="Time every installed provider first, for --provider auto."
+)
 @settings_options("offline", "cloud", *_BUDGET, *_DECIDING)
 @click.pass_obj
 def doctor(state: State, /, measure: bool, **flags: Any) -> int:
@@ -316,8 +333,9 @@ def _tags(bundle: Bundle, settings: Settings, result: Result) -> Sequence[Label]
             threads=settings.threads,
         )
         return recognizer.tags(result.picture.image)
-    except AgentError as err:  # no reason to lose the picture
-        note(f"the picture has no tags: {err}")
+    except (AgentError, MemoryError, ImportError, KeyboardInterrupt) as err:
+        # No reason to lose a picture that is there, and perhaps was paid for.
+        note(f"the picture has no tags: {str(err) or type(err).__name__}")
         return None
 
 

@@ -40,6 +40,13 @@ class Option(Generic[T]):
         return isinstance(self.default, bool)
 
 
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()  # no shell does it for a variable or a file
+    except RuntimeError as err:
+        raise ValueError(text) from err
+
+
 def _switch(text: str) -> bool:
     words = {"true": True, "1": True, "yes": True, "on": True}
     words |= {"false": False, "0": False, "no": False, "off": False}
@@ -88,7 +95,9 @@ def _address(text: str) -> str:
 
 
 OPTIONS: dict[str, Option[Any]] = {
-    "bundle": Option(Path, None, "a folder", "The bundle that `python -m export` wrote.", "FOLDER"),
+    "bundle": Option(
+        _path, None, "a folder", "The bundle that `python -m export` wrote.", "FOLDER"
+    ),
     "share": Option(
         _between(float, 0, 1),
         None,
@@ -104,7 +113,7 @@ OPTIONS: dict[str, Option[Any]] = {
         _switch,
         False,
         "true or false",
-        "Keep the share over time, also without a budget; with one it is kept anyway.",
+        "Move the threshold so that the share is kept; with a budget that is always so.",
     ),
     "budget_pictures": Option(
         _between(int, 0, 10**9),
@@ -117,7 +126,7 @@ OPTIONS: dict[str, Option[Any]] = {
         _money, None, _AMOUNT, "What the cloud may cost in a day; needs --cloud-cost.", "AMOUNT"
     ),
     "cloud_cost": Option(_money, None, _AMOUNT, "What a picture from the cloud costs.", "AMOUNT"),
-    "ledger": Option(Path, None, "a file", "Where the budget is kept.", "FILE"),
+    "ledger": Option(_path, None, "a file", "Where the budget is kept.", "FILE"),
     "route": Option(
         Route, Route.AUTO, "auto, edge or cloud", "Where to draw: auto, edge or cloud.", "SIDE"
     ),
@@ -133,7 +142,7 @@ OPTIONS: dict[str, Option[Any]] = {
         _between(int, 0, MAX_SEED),
         None,
         f"a whole number from 0 to {MAX_SEED}",
-        "Draw the same picture again.",
+        "Same seed and settings, same picture; random unless given.",
         "NUMBER",
     ),
     "size": Option(
@@ -150,7 +159,7 @@ OPTIONS: dict[str, Option[Any]] = {
         _between(float, 0),
         None,
         "a number from 0 up",
-        "How strongly the prompt guides; 1 or less: not at all beyond the model.",
+        "Strength of guidance; 1 or less turns it off.",
         "NUMBER",
     ),
     "sampler": Option(
@@ -169,7 +178,7 @@ OPTIONS: dict[str, Option[Any]] = {
     ),
     "negative_prompt": Option(str, "", "text", "What the picture should not show.", "TEXT"),
     "output": Option(
-        Path, None, "a .png file or a folder", "The picture's file, or a folder for it.", "FILE"
+        _path, None, "a .png file or a folder", "The picture's file, or a folder for it.", "FILE"
     ),
     "client": Option(str, "owner", "a name", "Whose pictures these are.", "ID"),
     "history": Option(
@@ -179,7 +188,7 @@ OPTIONS: dict[str, Option[Any]] = {
         "Earlier pictures of the client to look at; by default what the bundle was trained for.",
         "NUMBER",
     ),
-    "histories": Option(Path, None, "a folder", "Where clients' histories are kept.", "FOLDER"),
+    "histories": Option(_path, None, "a folder", "Where clients' histories are kept.", "FOLDER"),
     "top": Option(
         _between(int, 1, 1000), 5, "a whole number from 1 to 1000", "Labels to show.", "NUMBER"
     ),
@@ -194,7 +203,7 @@ OPTIONS: dict[str, Option[Any]] = {
         Memory,
         Memory.NORMAL,
         ", ".join(Memory),
-        "low: one network at a time; high: all of them open at once, for every size.",
+        "low: one network open at a time; normal: open once used; high: all open from the start.",
         "MODE",
     ),
     "threads": Option(

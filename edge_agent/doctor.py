@@ -165,12 +165,18 @@ def _components(bundle: Bundle, settings: Settings) -> list[dict[str, Any]]:
     from edge_agent.runtime.networks import Networks
     from edge_agent.runtime.plan import candidates
 
-    networks = Networks(bundle, provider=settings.provider, threads=settings.threads)
+    networks = Networks(
+        bundle, provider=settings.provider, memory=settings.memory, threads=settings.threads
+    )
     edge = Edge(networks)
-    edge.open(drawing=True)
+    try:
+        edge.open(drawing=True)
+        for each in networks.known:  # with --memory low one at a time, and only now
+            each.open()
+    finally:
+        edge.close()
     known = {one.part.name: one for one in networks.known}
     backends = {name: str(backend) for name, backend in edge.backends.items()}
-    edge.close()
     found = []
     for part in bundle.components.values():
         entry = {

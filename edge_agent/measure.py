@@ -1,7 +1,8 @@
 """How fast each provider runs each network on this device, and how near it comes to the CPU.
 
-What is measured are the networks' own first inputs when the CPU draws a prompt in one step, in the
-size and with the guidance that the bundle draws with unless told otherwise.
+What is measured are the networks' own first inputs when the CPU draws a prompt in one step, or two
+where a decoder of its own shows a preview between them, in the size and with the guidance that the
+bundle draws with unless told otherwise.
 """
 
 from __future__ import annotations
@@ -74,13 +75,15 @@ def measure(bundle: Bundle, threads: int | None, on_result: OnResult) -> None:
     edge = Edge(recorder)
     _, encoded = edge.router(0.0).decide(PROMPT)
     shared = {bundle.router.text_encoder: encoded}
-    request = Request(PROMPT, steps=1)
-    edge.generator(time.perf_counter).generate(request, shared, SEED)
+    preview = bundle.diffusion.preview
+    shown = preview is not None and preview.decoder not in recorder.listening
+    request = Request(PROMPT, steps=1 + shown, preview_every=1)
+    edge.generator(time.perf_counter).generate(request, shared, SEED, on_event=lambda _: None)
     inputs = {name: one.heard for name, one in recorder.listening.items()}
     recorder.close()  # a provider is not to share the memory with the CPU's copy
     plain = Networks(bundle, provider=Provider.CPU, threads=threads)
     for network in recorder.known:
-        heard = inputs[network.part.name]
+        heard = inputs.get(network.part.name)
         if heard is None:
             continue
         results = dict(_results(plain, network, *heard))

@@ -49,7 +49,7 @@ def note_unheard(result: Result) -> None:
     """Say it where a negative prompt had no say: guidance is what it speaks through."""
     guidance = result.picture.guidance
     if result.negative_prompt and result.drawn_on is Route.EDGE and guidance <= 1:
-        note(f"the negative prompt had no say at guidance {guidance:g}; it has one from above 1 on")
+        note(f"the negative prompt was ignored: guidance is {guidance:g}, it works only above 1")
 
 
 def print_json(content: Mapping[str, Any]) -> None:
@@ -108,7 +108,7 @@ def previews(agent: EdgeAgent, settings: Settings, prompt: str, tell: OnEvent) -
             note(message)
 
     if agent.bundle.diffusion.preview is None:
-        say("no preview: the bundle's decoder is not small, and it has no other")
+        say("no preview: the bundle has no small decoder; export it with --preview-vae")
     elif settings.memory is Memory.LOW:
         say("no preview with --memory low, which has one network open at a time")
     with PreviewFile(_preview_file(settings.output, prompt)) as file:

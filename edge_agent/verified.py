@@ -49,14 +49,19 @@ def check_digests(
     fresh: dict[str, list[Any]] = {}
     for relative, record in records.items():
         file = (root / relative).resolve()
-        stat = file.stat()
-        seal = [stat.st_size, stat.st_mtime_ns, record.sha256]
-        if known.get(str(file)) == seal:
-            continue
-        import hashlib  # loads OpenSSL; not needed once everything is in the cache
+        try:
+            stat = file.stat()
+            seal = [stat.st_size, stat.st_mtime_ns, record.sha256]
+            if known.get(str(file)) == seal:
+                continue
+            import hashlib  # loads OpenSSL; not needed once everything is in the cache
 
-        with file.open("rb") as stream:
-            actual = hashlib.file_digest(stream, "sha256").hexdigest()
+            with file.open("rb") as stream:
+                actual = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as err:
+            raise BundleError(
+                f"{file} cannot be read ({err.strerror}); check its owner, or copy the bundle again"
+            ) from err
         if actual != record.sha256:
             raise BundleError(
                 f"{file} is not what was exported (sha256 {actual[:12]}…, expected "

@@ -259,7 +259,8 @@ class _Export:
             self._tell(name, "calibrate", stages + 1 + len(made))
             part = next(part for part in self._parts if part.name == name)
             product, source = self._product(part, W8A8), self._source_of_calibrated(part, content)
-            made[name] = with_w8a8(each, name, product, source, calls[name], self._writer)
+            with naming(name):
+                made[name] = with_w8a8(each, name, product, source, calls[name], self._writer)
             if self._precisions[name] == W8A8:
                 self._check(name, made[name])
         return made

@@ -162,8 +162,8 @@ def _count_from_zero(model: ONNXModel) -> None:
             continue
         before.add(read.output[0])
         (bits, scale, zero), own = read.input, conv.input[2:]
-        pads = next(each.ints for each in conv.attribute if each.name == "pads")
-        if any(pads):
+        pads = next((each.ints for each in conv.attribute if each.name == "pads"), None)
+        if pads and any(pads):
             half = len(pads) // 2
             around = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
             pads[:] = [0] * len(pads)

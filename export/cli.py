@@ -69,8 +69,8 @@ class Precision(click.ParamType):
     help="What the router reads prompts with, as for train-router; default: the pipeline's own.",
 )
 @click.option("--router", type=FOLDER, help="Folder of the trained routing network.")
-@click.option("--steps", type=click.IntRange(1, MAX_STEPS), help="Steps where none are asked for.")
-@click.option("--guidance", type=click.FloatRange(0), help="Guidance where none is asked for.")
+@click.option("--steps", type=click.IntRange(1, MAX_STEPS), help="Default number of steps.")
+@click.option("--guidance", type=click.FloatRange(0), help="Default guidance.")
 @click.option(
     "--recognizer", type=FOLDER, help="Folder of a recogniser that train-recognizer wrote."
 )
@@ -80,7 +80,7 @@ class Precision(click.ParamType):
     metavar="NAME|COMPONENT=NAME,...",
     default="fp32",
     show_default=True,
-    help="fp32, fp16 (GPUs), w8a8 (OpenVINO), int8 or int4: of what bears it, or by component.",
+    help="fp32, fp16 (GPUs), w8a8 (OpenVINO), int8 or int4: for all that can have it, or for each.",
 )
 @click.option("--accept-loss", is_flag=True, help="Write the bundle whatever the precision costs.")
 @click.option(
@@ -164,8 +164,8 @@ def main(
             raise click.ClickException(str(err)) from err
         if isinstance(err, ModuleNotFoundError):
             raise click.ClickException(
-                f"exporting needs the package {err.name!r}, which is not installed; run "
-                "pip install -c constraints.txt 'routet2i-edge[export]'"
+                f"exporting needs the package {err.name!r}, which is not installed; in a clone of "
+                "the project run pip install -c constraints.txt '.[export]'"
             ) from err
         raise click.ClickException(
             f"the export failed unexpectedly ({type(err).__name__}: {err}); run it with --debug "

@@ -33,10 +33,10 @@ class _Decoder(nn.Module):
 
 
 def text_encoder(tower: Tower, longest: int, calibration: Sequence[Tensor] = ()) -> Network:
-    """Token ids (B, n), n up to `longest`, to the tower's outputs: states (B, n, d), pooled (B, d),
+    """Token ids (B, n), n up to `longest`, to the tower's outputs.
 
-    and the states before the last layer where the denoiser reads those. `calibration` are the ids
-    of prompts as people write them.
+    Those are states (B, n, d), pooled states (B, d), and the states before the last layer where the
+    denoiser reads those. `calibration` are the ids of prompts as people write them.
     """
     rng = torch.Generator().manual_seed(0)
 

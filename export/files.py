@@ -23,7 +23,10 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
-        raise ExportError(f"cannot read '{file}': {err}; fetch or train the model again") from err
+        reason = err.strerror if isinstance(err, OSError) else err
+        raise ExportError(
+            f"cannot read '{file}' ({reason}); fetch or train the model again"
+        ) from err
     if not isinstance(value, dict):
         raise ExportError(f"'{file}' holds no JSON object; fetch or train the model again")
     return value

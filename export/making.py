@@ -153,6 +153,7 @@ def with_w8a8(
         quantise(writer.partial / unfused.file, finished, calls.calibration)
         near = outputs_psnr_db(writer.partial / full.file, finished, W8A8, checks)
     except Unsuited as err:
+        writer.discard(workspace)
         return replace(made, unsuited={**made.unsuited, W8A8: str(err)})
     component = writer.add(
         product,

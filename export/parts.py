@@ -79,7 +79,8 @@ def parts_of(
 
     def text_encoder(each: TextEncoder) -> Network:
         captions = sample_prompts(CALIBRATION, CALIBRATION_SEED)
-        ids = [torch.from_numpy(each.tokenizer.encode(one.text).input_ids) for one in captions]
+        tokenizer = each.tokenizer  # made anew whenever it is asked for
+        ids = [torch.from_numpy(tokenizer.encode(one.text).input_ids) for one in captions]
         return components.text_encoder(each.tower, each.context_length, ids)
 
     def denoiser() -> Network:

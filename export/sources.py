@@ -30,6 +30,8 @@ HUB_PARTS_NOT_USED = (
     "tokenizer_3/*",
 )
 
+# What Turbo models come with, SD-Turbo the first and SDXL-Turbo the other, spaced from the end on.
+ONE_STEP = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 # Stable Diffusion 1 comes with PNDM; one solver takes its place and that of others that walk the
 # same path, in half the steps.
 SOLVER = "DPMSolverMultistepScheduler"
@@ -171,14 +173,14 @@ class Pipeline:
             strength = isinstance(value, int | float) and 0 <= value < math.inf
             if not (strength if key == "guidance" else whole):
                 raise ExportError(
-                    f"{key} of '{self.name}' is {value!r} where none is asked for; it must be a "
+                    f"the default {key} of '{self.name}' is {value!r}; it must be a "
                     f"number {'from 0 on' if key == 'guidance' else 'above 0'}"
                 )
         step = self.vae_scale * self.latent_step
         if found["width"] % step or found["height"] % step:
             raise ExportError(
-                f"'{self.name}' would draw {found['width']}x{found['height']} where no size is "
-                f"asked for; sides must be multiples of {step}"
+                f"the default size of '{self.name}' is {found['width']}x{found['height']}; sides "
+                f"must be multiples of {step}"
             )
         return Drawing(**found)
 
@@ -186,8 +188,9 @@ class Pipeline:
         name, spacing = self.scheduler["_class_name"], self.scheduler.get("timestep_spacing")
         if name == "LCMScheduler":  # diffusers' own for these pipelines
             return 4, 8.5 if self.takes_guidance else 1.0
-        if name == "EulerAncestralDiscreteScheduler" and spacing == "trailing":
-            return 1, 0.0  # as Turbo models come
+        whole = self.scheduler.get("rescale_betas_zero_snr")  # as of models for many steps
+        if name in ONE_STEP and spacing == "trailing" and not whole:
+            return 1, 0.0
         return self.family.steps, self.family.guidance
 
 

@@ -153,7 +153,7 @@ def bk_sdm(folder: Path) -> Path:
 
 
 def sd_turbo(folder: Path) -> Path:
-    scheduler = diffusers.EulerAncestralDiscreteScheduler(
+    scheduler = diffusers.EulerDiscreteScheduler(
         **BETAS, timestep_spacing="trailing", steps_offset=1
     )
     network = unet(attention_head_dim=(2, 4), use_linear_projection=True)

@@ -99,16 +99,15 @@ def learn(
 
     `weights` (k,) are the metrics' in PRS. `related` (N, m), NaN where unknown, are qualities of
     other models or metrics on the same prompts, which the linear predictor learns with.
-    `budget` bounds a gated network, each of a cross-validation getting its part. Raises
+    `budget` bounds all gated networks together, each getting its part of the minutes. Raises
     DataError for labels that nothing can be learnt from.
     """
     check(labels)
     mu, gamma, d = distances(labels, training)
     kind = settings.predictor
-    if kind == "auto":
-        trainings = (INNER_FOLDS + 1) * MEMBERS
-        part = None if budget.minutes is None else budget.minutes / trainings
-        budget = replace(budget, minutes=part)
+    trainings = {"auto": (INNER_FOLDS + 1) * MEMBERS, "mixed": MEMBERS}.get(kind, 1)
+    if budget.minutes is not None:
+        budget = replace(budget, minutes=budget.minutes / trainings)
 
     def gated(rows: Rows, seed: int) -> Predictor:
         return fit_gated(features, d, weights, rows, seed, sizes=settings.sizes, work=work,

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from cloud_server.console import DEVICES, Device, check_writable, one_sentence
+from cloud_server.console import (
+    check_writable,
+    debug_option,
+    device_option,
+    one_sentence,
+    threads_option,
+)
 from cloud_server.errors import ConfigError
 from cloud_server.training.router_source import Source, source_options
 
@@ -42,12 +48,14 @@ _COUNT = click.IntRange(min=1)
     "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.1, show_default=True
 )
 @click.option(
-    "--minutes", type=click.FloatRange(min=0, min_open=True), help="Time to train at most."
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Minutes of training at most, of all networks together.",
 )
-@click.option("--steps", type=_COUNT, help="Steps of a fit at most.")
-@click.option("--device", type=Device(), default="auto", show_default=True, help=str(DEVICES))
-@click.option("--threads", type=_COUNT, help="CPU threads.  [torch's]")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.option("--steps", type=_COUNT, help="Steps of one network at most.")
+@device_option
+@threads_option
+@debug_option
 def train_router_command(
     source: Source,
     calibration: Path | None,

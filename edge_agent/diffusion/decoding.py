@@ -97,15 +97,13 @@ def _check(sample: np.ndarray) -> None:
     """
     if not np.isfinite(sample).all():
         raise GenerationError(
-            "the decoder answered with pixels that are not finite numbers; guidance that is far "
-            "too strong does that, damaged weights, and overflows of 16-bit floats, which "
-            "--precision fp32 at the export ends"
+            "the decoder returned pixels that are not finite numbers; try a lower --guidance, or "
+            "export with --precision fp32; otherwise the weights are damaged"
         )
     kept = sample.clip(-_OVERSHOOT, _OVERSHOOT).reshape(3, -1)
     if kept.shape[1] > 1 and (kept == kept[:, :1]).all():
         red, green, blue = ((kept[:, 0].clip(-1, 1) + 1) * 127.5).round().astype(int)
         raise GenerationError(
-            f"the decoder answered with one colour ({red}, {green}, {blue}) in all pixels; "
-            "damaged weights do that, and overflows of 16-bit floats, which --precision fp32 at "
-            "the export ends: see with `edge-agent doctor` what runs the vae_decoder"
+            f"the decoder returned one colour ({red}, {green}, {blue}) in all pixels; export with "
+            "--precision fp32; otherwise the weights are damaged"
         )

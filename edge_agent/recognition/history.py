@@ -131,8 +131,8 @@ def forget(folder: Path, client: str) -> bool:
                 one.unlink()
     except OSError as err:
         raise HistoryError(
-            f"the history {file} is still there, it cannot be deleted ({err.strerror or err}); "
-            "delete it as its owner"
+            f"the history {file} could not be deleted ({err.strerror or err}); delete it by hand, "
+            "as its owner"
         ) from err
     return bool(there)
 
@@ -162,6 +162,6 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _error(file: Path, err: OSError) -> HistoryError:
     return HistoryError(
-        f"the history {file} cannot be kept ({err.strerror or err}); free some space, or name a "
-        "folder of your own with --histories"
+        f"the history {file} cannot be read or written ({err.strerror or err}); free some space, "
+        "or name a folder of your own with --histories"
     )

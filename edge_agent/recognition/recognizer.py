@@ -75,13 +75,12 @@ class Recognizer:
         if not 0 <= self._length <= LONGEST_HISTORY:
             raise ValueError(f"a history of {self._length} is not from 0 to {LONGEST_HISTORY}")
 
-        networks = Networks(bundle, provider=provider, memory=memory, threads=threads)
+        self._networks = Networks(bundle, provider=provider, memory=memory, threads=threads)
         # Features of today are compared with those that were kept: in 32 bits all of them.
         self._backbone, self._head, self._adapted = (
-            networks.get(name, precise=True)
+            self._networks.get(name, precise=True)
             for name in (self._spec.backbone, self._spec.head, self._spec.adapted)
         )
-        networks.open_now(self._backbone, self._head, self._adapted)
 
     def recognize(self, file: Path, client: str) -> Recognition:
         """Recognise one picture after those that the client had before, and remember it.
@@ -120,6 +119,8 @@ class Recognizer:
 
     def _together(self, pictures: Mapping[Path, Pixels], client: str) -> list[Recognition]:
         spec = self._spec
+        # What cannot answer is to say so before anything is remembered.
+        self._networks.open_now(self._backbone, self._head, self._adapted)
         (features,) = self._backbone.run({"pictures": np.stack(list(pictures.values()))})
         if features.shape[1] != spec.width:
             raise BundleError(

@@ -223,8 +223,8 @@ def test_edge_private_and_offline_never_build_a_cloud(
 @pytest.mark.parametrize(
     ("options", "private", "message"),
     [
-        ({"cloud": Cloud()}, True, "contradicts a private request"),
-        ({"cloud": Cloud(), "offline": True}, False, "contradicts --offline"),
+        ({"cloud": Cloud()}, True, "a private request exclude each other"),
+        ({"cloud": Cloud(), "offline": True}, False, "--offline exclude each other"),
         ({}, False, "no cloud is configured; give its address"),
     ],
 )

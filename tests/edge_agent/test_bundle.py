@@ -139,6 +139,17 @@ def test_a_changed_byte_fails_the_digest_even_after_a_good_opening(
     assert open_bundle(tiny_bundle, verify=False).format == 2
 
 
+def test_a_file_that_cannot_be_read_is_named(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("hashlib.file_digest", fail)
+    with pytest.raises(BundleError, match=r"model\.onnx cannot be read \(Input/output error\)"):
+        open_bundle(tiny_bundle)
+
+
 def test_digests_are_remembered_while_size_and_time_hold(tiny_bundle: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache" / "verified.json"
     open_bundle(tiny_bundle, cache_path=cache)

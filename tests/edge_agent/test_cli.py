@@ -106,9 +106,9 @@ def test_the_end_of_a_prompt_that_is_too_long_is_ignored_aloud(
 
 def test_a_negative_prompt_that_nobody_hears_is_told(command: Command) -> None:
     given = ("generate", "a cat", "--offline", "--negative-prompt", "a dog", "-o", "a.png")
-    note = "the negative prompt had no say at guidance 1; it has one from above 1 on"
+    note = "the negative prompt was ignored: guidance is 1, it works only above 1"
     assert note in command(*given, "--guidance", "1").stderr
-    assert "had no say" not in command(*given, "--guidance", "2").stderr
+    assert "was ignored" not in command(*given, "--guidance", "2").stderr
 
 
 def test_route_reads_prompts_from_a_file_and_from_stdin(
@@ -342,7 +342,7 @@ def test_a_bundle_without_a_small_decoder_says_so_and_draws(
     rewrite(tiny_bundle, lambda content: content["diffusion"].pop("preview"))
     done = command("a cat", "-o", "a.png", "--preview", "1", "--offline")
     assert done.returncode == 0
-    assert "no preview: the bundle's decoder is not small" in done.stderr
+    assert "no preview: the bundle has no small decoder" in done.stderr
 
 
 def test_doctor_reports_bundle_networks_and_where_settings_come_from(
@@ -470,3 +470,19 @@ def test_a_ledger_that_is_none_is_said_and_stays_as_it_is_while_the_device_draws
 def test_the_ledger_is_kept_in_the_user_s_state_folder(command: Command) -> None:
     command("generate", HARD, "--cloud", f"127.0.0.1:{free_port()}", "--pace", "-o", "a.png")
     assert (Path(os.environ["XDG_STATE_HOME"]) / "routet2i-edge" / "budget.sqlite3").is_file()
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("docter", "doctor"), ("reconize", "recognize")])
+def test_a_misspelt_command_draws_no_picture_of_that_word(
+    command: Command, tmp_path: Path, typed: str, meant: str
+) -> None:
+    done = command(typed, "--offline")
+    assert done.returncode == 2
+    assert f"'{typed}' is no command; did you mean '{meant}'?" in done.stderr
+    assert not list(tmp_path.glob("*.png"))
+    assert command("generate", typed, "--offline").returncode == 0
+
+
+def test_a_prompt_is_not_taken_for_a_misspelt_command(command: Command) -> None:
+    for prompt in ("a doctor", "root", "degenerate cats", "docks"):
+        assert command(prompt, "--offline", "-o", "drawn.png").returncode == 0

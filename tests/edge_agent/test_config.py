@@ -122,3 +122,13 @@ def test_a_file_that_is_not_toml_is_named(config: Path, content: bytes) -> None:
     config.write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.toml is not valid TOML"):
         resolve({}, {}, config)
+
+
+def test_a_tilde_is_the_home_wherever_a_path_stands(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.write_text('ledger = "~/spent.sqlite3"')
+    found = resolve({"histories": "~/seen"}, {"EDGE_AGENT_BUNDLE": "~/bundle"}, config)
+    wanted = tuple(tmp_path / name for name in ("bundle", "spent.sqlite3", "seen"))
+    assert (found.bundle, found.ledger, found.histories) == wanted

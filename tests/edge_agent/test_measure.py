@@ -47,6 +47,18 @@ def test_what_is_in_half_precision_is_measured_too(tiny_bundle: Path, rewrite: R
     assert {one for name, one, _ in results if name == "unet"} == set(providers.available())
 
 
+def test_a_preview_decoder_of_its_own_is_measured_too(tiny_bundle: Path, rewrite: Rewrite) -> None:
+    def add(content: dict[str, Any]) -> None:
+        content["components"]["preview_decoder"] = content["components"]["vae_decoder"]
+        content["diffusion"]["preview"]["decoder"] = "preview_decoder"
+
+    rewrite(tiny_bundle, add)
+    results: Told = []
+    measure(open_bundle(tiny_bundle), 1, lambda *result: results.append(result))
+    measured = {one for name, one, found in results if name == "preview_decoder" and found.right}
+    assert measured == set(providers.available())
+
+
 @pytest.mark.skipif(openvino.version() is None, reason="OpenVINO is not installed")
 def test_auto_draws_with_what_was_fastest(told: Told, tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)

@@ -192,7 +192,7 @@ EXPECTED = {
     "Stable Diffusion 1.5": [20, 7.5, "dpmpp-2m"],
     "Stable Diffusion 2.1": [20, 7.5, "ddim"],
     "BK-SDM": [20, 7.5, "dpmpp-2m"],
-    "SD-Turbo": [1, 0.0, "euler-a"],
+    "SD-Turbo": [1, 0.0, "euler"],
     "SDXS": [1, 0.0, "euler"],
     "LCM": [4, 8.5, "lcm"],
     "SDXL": [20, 5.0, "euler"],

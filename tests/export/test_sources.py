@@ -43,6 +43,17 @@ def test_a_transformer_draws_no_larger_than_it_has_positions(pipeline):
             {},
             (1, 0.0),
         ),
+        ({"_class_name": "EulerDiscreteScheduler"}, {}, (20, 7.5)),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, {}, (1, 0.0)),
+        (
+            {
+                "_class_name": "EulerDiscreteScheduler",
+                "timestep_spacing": "trailing",
+                "rescale_betas_zero_snr": True,
+            },
+            {},
+            (20, 7.5),
+        ),
         ({"_class_name": "LCMScheduler"}, {}, (4, 1.0)),
         ({"_class_name": "LCMScheduler"}, {"time_cond_proj_dim": 256}, (4, 8.5)),
     ],
@@ -110,13 +121,13 @@ def test_a_folder_whose_parts_do_not_go_together_is_refused(tmp_path, name, chan
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"steps": 0}, "steps of 'tiny' is 0 where none is asked for; it must be a number above 0"),
+        ({"steps": 0}, "default steps of 'tiny' is 0; it must be a number above 0"),
         ({"width": "abc"}, "width of 'tiny' is 'abc'"),
         (
             {"width": 65},
-            "would draw 65x64 where no size is asked for; sides must be multiples of 8",
+            "default size of 'tiny' is 65x64; sides must be multiples of 8",
         ),
-        ({"guidance": -1}, "guidance of 'tiny' is -1 .* a number from 0 on"),
+        ({"guidance": -1}, "guidance of 'tiny' is -1; .* a number from 0 on"),
         ({"guidance": math.nan}, "guidance of 'tiny' is nan"),
     ],
 )

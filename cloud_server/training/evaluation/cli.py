@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from cloud_server.console import DEVICES, Device, check_writable, one_sentence
+from cloud_server.console import (
+    check_writable,
+    debug_option,
+    device_option,
+    given_command,
+    one_sentence,
+    threads_option,
+)
 from cloud_server.errors import ConfigError, DataError
 from cloud_server.training.router_source import Source, source_options
 
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _THERE = click.Path(path_type=Path, file_okay=False, exists=True)
+_NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 _COUNT = click.IntRange(min=1)
 _VERSIONS = ("routet2i-edge", "numpy", "torch", "scikit-learn")
 
@@ -34,19 +40,31 @@ _VERSIONS = ("routet2i-edge", "numpy", "torch", "scikit-learn")
 @click.command("evaluate-router")
 @source_options
 @click.option("--router", type=_THERE, help="Evaluate this router instead of training ours.")
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="The page.")
+@click.option("-o", "--out", type=_NEW_FILE, help="Write a page of tables and figures (HTML).")
+@click.option("--json", "json_file", type=_NEW_FILE, help="Write all numbers as JSON.")
 @click.option(
-    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="The numbers."
+    "--held-out",
+    type=_COUNT,
+    help="Prompts kept from training, to judge by; default: a third, of 1,500 prompts or more.",
 )
 @click.option(
-    "--held-out", type=_COUNT, help="Prompts kept from training.  [from 1,500 prompts on: a third]"
+    "--seeds", type=_COUNT, default=3, show_default=True, help="Trainings with --held-out."
 )
-@click.option("--seeds", type=_COUNT, default=3, show_default=True, help="Trainings, if held out.")
-@click.option("--folds", type=click.IntRange(min=2), help="Cross-validation over prompts.  [5]")
-@click.option("--repeats", type=_COUNT, default=5, show_default=True, help="Of cross-validation.")
-@click.option("--pictures", type=_THERE, help="What label --pictures kept.")
-@click.option("--judge", type=_THERE, help="Judge network that reads --pictures; starter world.")
-@click.option("--judge-scores", type=_FILE, help="Or labels of the same prompts, judged otherwise.")
+@click.option(
+    "--folds",
+    type=click.IntRange(min=2),
+    help="Folds of cross-validation over prompts, where none are held out; default: 5.",
+)
+@click.option(
+    "--repeats", type=_COUNT, default=5, show_default=True, help="Repeats of cross-validation."
+)
+@click.option("--pictures", type=_THERE, help="Folder of pictures that label --pictures kept.")
+@click.option(
+    "--judge", type=_THERE, help="Network that judges --pictures a second time; starter world."
+)
+@click.option(
+    "--judge-scores", type=_FILE, help="Labels of the same prompts by a second judge, instead."
+)
 @click.option(
     "--predictor",
     type=click.Choice(["auto", "gated", "linear", "mixed"]),
@@ -55,17 +73,27 @@ _VERSIONS = ("routet2i-edge", "numpy", "torch", "scikit-learn")
     help="As in train-router.",
 )
 @click.option(
-    "--ablations/--no-ablations", default=None, help="[with --held-out, 2 metrics or more]"
+    "--ablations/--no-ablations",
+    default=None,
+    help="Also train without each idea of the paper; default: with --held-out and several metrics.",
 )
 @click.option(
-    "--minutes", type=click.FloatRange(min=0, min_open=True), help="For a training.  [30]"
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Minutes of one training at most; default: 30.",
 )
-@click.option("--steps", type=_COUNT, help="Steps of a fit at most.")
-@click.option("--work", type=_FOLDER, default=Path("train"), show_default=True, help="State.")
+@click.option("--steps", type=_COUNT, help="Steps of one network at most.")
+@click.option(
+    "--work",
+    type=_FOLDER,
+    default=Path("train"),
+    show_default=True,
+    help="Folder of checkpoints; a killed run resumes from it.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--device", type=Device(), default="auto", show_default=True, help=str(DEVICES))
-@click.option("--threads", type=_COUNT, help="CPU threads.  [torch's]")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@device_option
+@threads_option
+@debug_option
 def evaluate_router_command(
     source: Source,
     router: Path | None,
@@ -153,7 +181,7 @@ def evaluate_router_command(
             progress=lambda name: click.echo(f"{name} ...", err=True),
         )
         report |= {
-            "command": _command(),
+            "command": given_command(),
             "versions": {"python": platform.python_version(), **{k: version(k) for k in _VERSIONS}},
             "given_router": bool(router),
             "predictors": kinds_said(kinds),
@@ -166,23 +194,6 @@ def evaluate_router_command(
             )
         _write(report, kept, known, out, json_file)
         click.echo("\n".join(report["verdict"]["sentences"]))
-
-
-def _command() -> str:
-    """Return the command as it was given."""
-    context = click.get_current_context()
-    words = ["cloud-server evaluate-router"]
-    for option in context.command.params:
-        name = str(option.name)
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[name]
-        if isinstance(value, bool):
-            words.append(option.opts[0] if value else option.secondary_opts[0])
-        else:
-            each = value if isinstance(value, tuple) else (value,)
-            words += [f"{option.opts[-1]} {shlex.quote(str(one))}" for one in each]
-    return " ".join(words)
 
 
 def _check(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cloud_server.console import check_writable, one_sentence
+from cloud_server.console import check_writable, given_command, one_sentence
 from cloud_server.training.iciia.options import Setup, setup_options
 from cloud_server.training.loop import Budget
 
@@ -63,7 +63,7 @@ def train_recognizer(
     from cloud_server.training.iciia.train import Plan, train
 
     budget = Budget(steps=steps) if steps else Budget(minutes=minutes)
-    with one_sentence():
+    with one_sentence(debug=setup.debug):
         check_writable(out, setup.work)
         plan = Plan(
             source=setup.source,
@@ -117,19 +117,18 @@ def evaluate_recognizer(
     from cloud_server.training.iciia.report import page
     from cloud_server.training.iciia.train import cohort_with
 
-    with one_sentence():
+    with one_sentence(debug=setup.debug):
         device = setup.open_device()
         check_writable(out, setup.work)
         model = Recognizer.load(recognizer)
+        tiny = setup.tiny(model.backbone.width, len(model.classes))
         cohort = cohort_with(
             model.backbone, setup.source, setup.omniglot, setup.clients, setup.work, device
         )
         subject = Subject(
             cohort=cohort,
             classifier=model.backbone.classifier,
-            layers=setup.layers,
-            groups=setup.groups,
-            dropout=setup.dropout,
+            tiny=tiny,
             schedule=setup.schedule(),
             seeds=tuple(range(seeds)),
             work=setup.work,
@@ -138,18 +137,7 @@ def evaluate_recognizer(
         )
         report = evaluate(subject, lambda what: click.echo(what, err=True))
         name = Path(setup.source).stem + (f", clients by {setup.clients}" if setup.clients else "")
-        command = (
-            f"cloud-server evaluate-recognizer {setup.source} --recognizer {recognizer} "
-            f"--layers {setup.layers} --dropout {setup.dropout:g} --optimizer {setup.optimizer} "
-            f"--learning-rate {setup.learning_rate:g} --clients-at-once {setup.clients_at_once} "
-            f"--epochs {setup.epochs} --strangers {setup.strangers:g} --seeds {seeds}"
-            + (f" --groups {setup.groups}" if setup.groups else "")
-            + (f" --clients {setup.clients}" if setup.clients else "")
-            + (" --learn-head" if setup.learn_head else "")
-            + (" --sweep" if sweep else "")
-            + (" --brief" if brief else "")
-        )
-        report = {"title": name, "command": command, **report}
+        report = {"title": name, "command": given_command(), **report}
         text = json.dumps(report, indent=1, allow_nan=False)
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.json").write_text(text + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ from cloud_server.training.iciia.learn import (
     stream,
     train,
 )
-from cloud_server.training.iciia.module import Iciia, IciiaConfig, tiny_groups
+from cloud_server.training.iciia.module import Iciia, IciiaConfig
 from cloud_server.training.iciia.samples import mixed_clients
 
 HISTORIES = (0, 1, 2, 3, 5, 8, 15, 30, 40, 60)
@@ -42,28 +42,20 @@ Baseline = Callable[[Cohort, nn.Linear, Schedule, int], float]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is measured: a cohort, the backbone's own `classifier`, N, and how to train.
+    """What is measured: a cohort, the backbone's own `classifier`, and how to train.
 
-    With `sweep` other numbers of layers and groups too; if `brief` ICIIA-T alone is trained.
+    `tiny` are the sizes of ICIIA-T, of which all other forms are changes. With `sweep` other
+    numbers of layers and groups too; if `brief` ICIIA-T alone is trained.
     """
 
     cohort: Cohort
     classifier: nn.Linear
-    layers: int
+    tiny: IciiaConfig
     schedule: Schedule
     seeds: tuple[int, ...]
     work: Path
-    groups: int | None = None  # P of T, when it is not the usual one
-    dropout: float = 0.1
     sweep: bool = False
     brief: bool = False
-
-    @property
-    def tiny(self) -> IciiaConfig:
-        """The sizes of ICIIA-T."""
-        width, classes = self.classifier.in_features, self.classifier.out_features
-        groups = self.groups or tiny_groups(width)
-        return IciiaConfig(width, classes, self.layers, groups=groups, dropout=self.dropout)
 
     @property
     def methods(self) -> dict[str, IciiaConfig]:
@@ -134,9 +126,9 @@ def evaluate(subject: Subject, tell: Told = lambda _: None) -> dict[str, Any]:
     return {
         "settings": {
             "schedule": asdict(subject.schedule),
-            "layers": subject.layers,
+            "layers": subject.tiny.layers,
             "groups of T": subject.tiny.groups,
-            "dropout": subject.dropout,
+            "dropout": subject.tiny.dropout,
             "width": subject.tiny.width,
             "classes": subject.tiny.classes,
             "seeds": list(subject.seeds),

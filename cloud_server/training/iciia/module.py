@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cloud_server.errors import ConfigError
+
 TINY_GROUPS = 256  # P of ICIIA-T; P = 1 is ICIIA-B
 # Where a layer begins as a backbone, what it adds to its input is this small: the other pictures'
 # mean as a share of the picture, and the rest as a share of its usual size.
@@ -36,7 +38,7 @@ class IciiaConfig:
     def __post_init__(self) -> None:
         for name in ("heads", "groups"):
             if self.width % getattr(self, name):
-                raise ValueError(
+                raise ConfigError(
                     f"{name} is {getattr(self, name)}, which does not divide the width "
                     f"{self.width}; choose a divisor"
                 )

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cloud_server.console import DEVICES, Device
+from cloud_server.console import debug_option, device_option, threads_option
 
 if TYPE_CHECKING:
     from cloud_server.training.iciia.learn import Optimizer, Schedule
+    from cloud_server.training.iciia.module import IciiaConfig
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _OPTIONS = (
@@ -64,7 +65,7 @@ _OPTIONS = (
         type=click.FloatRange(min=0, min_open=True),
         default=0.01,
         show_default=True,
-        help="With sgd that of a step by one client: one by 16 goes 16 times as far.",
+        help="With sgd that of one client's batch: a step by 16 clients is 16 times as long.",
     ),
     click.option(
         "--clients-at-once",
@@ -83,8 +84,8 @@ _OPTIONS = (
     click.option(
         "--learn-head",
         is_flag=True,
-        help="Train the backbone's head on with the module, as the paper does: better where "
-        "pictures are many; few it learns by heart.",
+        help="Train the backbone's head on with the module, as the paper does: better with many "
+        "pictures; with few it overfits.",
     ),
     click.option(
         "--strangers",
@@ -94,8 +95,9 @@ _OPTIONS = (
         help="Share of pictures that are learnt among those of all clients, so that the module "
         "does not believe every history; the paper's is 0.",
     ),
-    click.option("--device", type=Device(), default="auto", show_default=True, help=str(DEVICES)),
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."),
+    device_option,
+    threads_option,
+    debug_option,
 )
 
 
@@ -118,6 +120,7 @@ class Setup:
     strangers: float
     device: str
     threads: int | None
+    debug: bool
 
     def schedule(self) -> Schedule:
         """Return how to train."""
@@ -131,6 +134,16 @@ class Setup:
             learn_head=self.learn_head,
             strangers=self.strangers,
         )
+
+    def tiny(self, width: int, classes: int) -> IciiaConfig:
+        """Return the sizes of ICIIA-T on features of `width`.
+
+        Raises ConfigError when heads or groups do not divide it.
+        """
+        from cloud_server.training.iciia.module import IciiaConfig, tiny_groups
+
+        groups = self.groups or tiny_groups(width)
+        return IciiaConfig(width, classes, self.layers, groups=groups, dropout=self.dropout)
 
     def open_device(self) -> str:
         """Return where to train, and let torch have as many threads as were given.

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cloud_server.errors import ModelError
+from cloud_server.errors import ConfigError, ModelError
 from cloud_server.training.iciia.backbone import Backbone, open_backbone
 from cloud_server.training.iciia.learn import SEQUENCE
 from cloud_server.training.iciia.module import Iciia, IciiaConfig
@@ -63,7 +63,9 @@ class Recognizer:
             iciia.load_state_dict({k: v.float() for k, v in weights.items()})
             classes, history = tuple(config["classes"]), int(config["history"])
             least, about = config["least_history"], config["about"]
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as err:
+        except (
+            ConfigError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
+        ) as err:  # fmt: skip
             raise ModelError(
                 f"'{folder}' is no usable recogniser ({str(err).splitlines()[0]}); pass the folder "
                 "that cloud-server train-recognizer wrote"

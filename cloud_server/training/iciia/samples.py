@@ -78,7 +78,8 @@ def read_manifest(file: Path, side: int, crop: float = 1.0) -> Samples:
     people = sorted({row["client"] for row in rows})
     files = [file.parent / row["image"] for row in rows]
     states = [(found.st_size, found.st_mtime_ns) for found in (each.stat() for each in files)]
-    labels = np.array([classes.index(row["label"]) for row in rows], np.int64)
+    number = {name: index for index, name in enumerate(classes)}
+    labels = np.array([number[row["label"]] for row in rows], np.int64)
     splits = np.array([SPLITS.index(row["split"]) for row in rows], np.int8)
 
     def draw(indices: Ints) -> Pixels:

@@ -121,10 +121,7 @@ def _check_classes(backbone: Backbone, samples: Samples, source: str) -> None:
 
 def _config(plan: Plan, width: int, classes: int) -> IciiaConfig:
     groups = (plan.groups or tiny_groups(width)) if plan.form == "tiny" else 1
-    try:
-        return IciiaConfig(width, classes, plan.layers, groups=groups, dropout=plan.dropout)
-    except ValueError as err:
-        raise ModelError(str(err)) from err
+    return IciiaConfig(width, classes, plan.layers, groups=groups, dropout=plan.dropout)
 
 
 def train(plan: Plan, out: Path) -> Iterator[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cloud_server.console import DEVICES, Device, check_writable, one_sentence
+from cloud_server.console import check_writable, debug_option, device_option, one_sentence
 from cloud_server.errors import ConfigError, DataError, ModelError
 from cloud_server.starter import starter_folder
 from cloud_server.training.labels.table import Labels, write
@@ -29,14 +29,16 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     "--prompts", "file", type=_FILE, help="One prompt a line; of .csv and .tsv, column `prompt`."
 )
 @click.option(
-    "--starter-prompts", type=click.IntRange(min=2), help="So many captions of the starter world."
+    "--starter-prompts",
+    type=click.IntRange(min=2),
+    help="Label this many captions of the starter world, instead of --prompts.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Of what is drawn here: the captions, and the prompts that alignment compares with.",
+    help="Draws the captions of --starter-prompts, and the prompts that alignment compares with.",
 )
 @click.option("--edge", help="Diffusers folder or hub id.  [default: the starter's]")
 @click.option("--cloud", help="Diffusers folder or hub id.  [default: the starter's]")
@@ -70,7 +72,9 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     type=_FOLDER,
     help="Folder of the scores so far; a killed run resumes from it.  [default: OUT.work]",
 )
-@click.option("--pictures", type=_FOLDER, help="Folder that keeps pictures, and is looked in.")
+@click.option(
+    "--pictures", type=_FOLDER, help="Keep pictures in this folder, and reuse what is in it."
+)
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option(
     "--workers",
@@ -80,11 +84,15 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     help="Processes, each with models of its own.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="A worker's."
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="CPU threads of one worker.",
 )
-@click.option("--device", type=Device(), default="auto", show_default=True, help=str(DEVICES))
+@device_option
 @click.option("--ray", is_flag=True, help="Spread the workers over a Ray cluster.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@debug_option
 def label_command(
     out: Path,
     file: Path | None,

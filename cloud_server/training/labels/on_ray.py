@@ -21,8 +21,8 @@ def on_ray(workers: int, threads: int = 1, *, gpus: float = 0.0) -> Spread:
         import ray.data
     except ModuleNotFoundError as error:
         raise ServerError(
-            "--ray needs the package 'ray', which is not installed; run "
-            "pip install -c constraints.txt 'routet2i-edge[cloud,ray]'"
+            "--ray needs the package 'ray', which is not installed; in a clone of the project run "
+            "pip install -c constraints.txt '.[cloud,ray]'"
         ) from error
 
     def spread(work: Work, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Scores]]:

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import click
 
-from cloud_server.console import one_sentence
+from cloud_server.console import debug_option, device_option, one_sentence, threads_option
 from cloud_server.training.loop import Budget
 
 # On two idle cores; one run of exactly this was not seen, see models/starter/CARD.md.
@@ -49,11 +49,12 @@ CLIP_WEIGHTS = "open_clip_model.safetensors"
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of a trained model of its kind that the stage cloud or edge goes on from.",
 )
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Time a stage.")
-@click.option("--steps", type=click.IntRange(min=1), help="Training steps a stage.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Minutes per stage.")
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps per stage.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
+@device_option
+@threads_option
+@debug_option
 def train_starter(
     stages: tuple[str, ...],
     out: Path,
@@ -63,36 +64,39 @@ def train_starter(
     minutes: float | None,
     steps: int | None,
     seed: int,
-    device: str | None,
+    device: str,
     threads: int | None,
+    debug: bool,
 ) -> None:
     """Train the STAGES (all, in order, when none is named) of the starter models.
 
     Each stage needs the ones before it, except that edge and cloud do not need each other. The
     judge is needed by none: it only evaluates, and goes to WORK/judge.
     """
-    import torch
+    with one_sentence(debug=debug):
+        import torch
 
-    if threads:
-        torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high")
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if "decoder" in (stages or STAGES) and not (eyes / "config.json").is_file():
-        raise click.ClickException(  # now, and not after hours of the stages before it
-            f"stage decoder needs a recogniser's backbone, and {eyes} holds none; train one "
-            "with cloud-server train-recognizer emoji, or name its folder with --eyes"
-        )
-    if start:
-        _check_start(start, stages)
-    work.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
-        if stages and stage not in stages:
-            continue
-        default = None if steps else DEFAULT_MINUTES.get(stage, 1.0)
-        budget = Budget(steps=steps, minutes=minutes or default)
-        _check_earlier_stages(stage, out, work, start)
-        click.echo(f"{stage}: on {chosen}, seed {seed}", err=True)
-        with one_sentence():
+        from cloud_server.engine import pick_device
+
+        if threads:
+            torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("high")
+        chosen = pick_device(device)
+        if "decoder" in (stages or STAGES) and not (eyes / "config.json").is_file():
+            raise click.ClickException(  # now, and not after hours of the stages before it
+                f"stage decoder needs a recogniser's backbone, and {eyes} holds none; train one "
+                "with cloud-server train-recognizer emoji, or name its folder with --eyes"
+            )
+        if start:
+            _check_start(start, stages)
+        work.mkdir(parents=True, exist_ok=True)
+        for stage in STAGES:
+            if stages and stage not in stages:
+                continue
+            default = None if steps else DEFAULT_MINUTES.get(stage, 1.0)
+            budget = Budget(steps=steps, minutes=minutes or default)
+            _check_earlier_stages(stage, out, work, start)
+            click.echo(f"{stage}: on {chosen}, seed {seed}", err=True)
             run_stage(stage, out, work, eyes, start, budget, seed, chosen)
 
 
@@ -187,7 +191,7 @@ def run_stage(
     help="Folder of the judge, which train-starter writes to WORK/judge.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True)
-@click.option("--device", help="cpu, cuda or cuda:N; default: cuda where there is one.")
+@device_option
 @click.option(
     "--pictures",
     type=click.IntRange(min=2),
@@ -212,34 +216,35 @@ def run_stage(
     "--card",
     "card_file",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="A Markdown file; what stands between its marks for numbers is replaced.",
+    help="Markdown file; the numbers between its marks are replaced.",
 )
+@debug_option
 def evaluate_starter(
     models: Path,
     judge: Path,
     seed: int,
-    device: str | None,
+    device: str,
     pictures: int,
     compared: int,
     json_file: TextIO | None,
     card_file: Path | None,
+    debug: bool,
 ) -> None:
     """Measure the starter models on fresh scenes, each number with a 95 % interval."""
-    import torch
+    with one_sentence(debug=debug):
+        from cloud_server.engine import pick_device
+        from cloud_server.training.starter.card import MARKERS, card, has_place, rewrite
+        from cloud_server.training.starter.evaluate import evaluate
 
-    from cloud_server.training.starter.card import MARKERS, card, has_place, rewrite
-    from cloud_server.training.starter.evaluate import evaluate
-
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    command = (
-        f"cloud-server evaluate-starter --models {models} --judge {judge} --seed {seed} "
-        f"--device {chosen} --pictures {pictures} --compared {compared}"
-    )
-    if card_file and not has_place(card_file.read_text(encoding="utf-8")):
-        raise click.ClickException(
-            f"{card_file} has no place for the numbers; add the lines {' and '.join(MARKERS)}"
+        chosen = pick_device(device)
+        command = (
+            f"cloud-server evaluate-starter --models {models} --judge {judge} --seed {seed} "
+            f"--device {chosen} --pictures {pictures} --compared {compared}"
         )
-    with one_sentence():
+        if card_file and not has_place(card_file.read_text(encoding="utf-8")):
+            raise click.ClickException(
+                f"{card_file} has no place for the numbers; add the lines {' and '.join(MARKERS)}"
+            )
         report = {"command": command, **evaluate(models, judge, seed, chosen, pictures, compared)}
     numbers = card(report)
     if json_file:

@@ -55,7 +55,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (DDIM, SD | {"clip_sample": True, "clip_sample_range": 2.0}),
     (DDIM, FREE | {"trained_betas": [1e-4 * (1 + i / 50) for i in range(1000)]}),
     (EULER, SD),
-    (EULER, SD | TRAILING),
+    (EULER, SD | TRAILING),  # SD-Turbo
     (EULER, SD | LEADING | {"steps_offset": 1}),  # SDXL
     (EULER, SD | V),
     (EULER, SD | V | TRAILING | ZERO_SNR),
@@ -63,7 +63,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (EULER, SD | {"use_karras_sigmas": True}),
     (EULER, SD | {"final_sigmas_type": "sigma_min"}),
     (ANCESTRAL, SD),
-    (ANCESTRAL, SD | TRAILING | {"steps_offset": 1}),  # SD-Turbo, SDXL-Turbo
+    (ANCESTRAL, SD | TRAILING | {"steps_offset": 1}),  # SDXL-Turbo
     (ANCESTRAL, SD | LEADING | {"steps_offset": 1}),
     (ANCESTRAL, SD | V | TRAILING | ZERO_SNR),
     (LCM, {}),

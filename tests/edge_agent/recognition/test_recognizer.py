@@ -280,3 +280,30 @@ def test_generating_with_a_recogniser_writes_tags(
     assert printed == read_record(out)["tags"]
     assert len(printed) == 2
     assert {tag["name"] for tag in printed} <= {"red", "green", "blue", "dark"}
+
+
+@pytest.mark.parametrize(
+    ("stopping", "told"),
+    [
+        (KeyboardInterrupt(), "no tags: KeyboardInterrupt"),
+        (MemoryError(), "no tags: MemoryError"),
+        (ModuleNotFoundError("No module named 'fcntl'"), "no tags: No module named 'fcntl'"),
+    ],
+)
+def test_a_finished_picture_is_kept_though_it_cannot_be_tagged(
+    recognizing_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stopping: BaseException,
+    told: str,
+) -> None:
+    def stop(self: Recognizer, image: Image.Image) -> None:
+        raise stopping
+
+    monkeypatch.setattr(Recognizer, "tags", stop)
+    out = tmp_path / "cat.png"
+    arguments = ["a cat", "--bundle", str(recognizing_bundle), "-o", str(out), "--offline"]
+    assert run(arguments, {}) == 0
+    assert told in capsys.readouterr().err
+    assert "tags" not in read_record(out)

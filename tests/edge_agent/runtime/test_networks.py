@@ -101,6 +101,7 @@ def test_after_closing_it_opens_again(tiny_bundle: Path) -> None:
     first = decoder.run(LATENT)
     opened.close()
     np.testing.assert_array_equal(decoder.run(LATENT), first)
+    assert names(opened) == ["vae_decoder", "vae_decoder"]
 
 
 def test_threads_open_a_network_once(tiny_bundle: Path) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from cloud_server.cli import main
 from cloud_server.training.iciia.evaluate import Subject, evaluate, summary
 from cloud_server.training.iciia.learn import Cohort, Schedule
+from cloud_server.training.iciia.module import IciiaConfig, tiny_groups
 from cloud_server.training.iciia.recognizer import Recognizer
 from cloud_server.training.iciia.report import page
 
@@ -33,7 +34,8 @@ def subject(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Subject
     )
     schedule = Schedule(learning_rate=0.05, clients=1, epochs=2)
     work = tmp_path_factory.mktemp("work")
-    return Subject(small, classifier, 1, schedule, (0, 1), work, sweep=True)
+    tiny = IciiaConfig(32, 40, layers=1, groups=tiny_groups(32))
+    return Subject(small, classifier, tiny, schedule, (0, 1), work, sweep=True)
 
 
 @pytest.fixture(scope="module")
@@ -154,22 +156,31 @@ def test_what_cannot_be_trained_on_is_said(
 
 
 @pytest.mark.parametrize(
-    ("change", "arguments", "words"),
+    ("change", "arguments", "code", "words"),
     [
-        ("", ["--clients", "drawer"], "there are no clients by 'drawer' here; choose manifest"),
-        ("", ["--groups", "7"], "groups is 7, which does not divide the width 256"),
-        ("", ["--device", "cuda:99"], "device 'cuda:99' is not here"),
-        (",val", [], "no client has two pictures of the split 'val'"),
+        ("", ["--clients", "drawer"], 1, "there are no clients by 'drawer' here; choose manifest"),
+        ("", ["--groups", "7"], 2, "groups is 7, which does not divide the width 256"),
+        ("", ["--device", "cuda:99"], 1, "device 'cuda:99' is not here"),
+        (",val", [], 1, "no client has two pictures of the split 'val'"),
     ],
 )
 def test_what_will_not_do_is_said_before_anything_is_trained(
-    manifest: Path, tmp_path: Path, change: str, arguments: list[str], words: str
+    manifest: Path, tmp_path: Path, change: str, arguments: list[str], code: int, words: str
 ) -> None:
     if change:  # all but one picture of the split are learnt from
         head, _, rest = manifest.read_text().partition(change)
         manifest.write_text(head + change + rest.replace(change, ",train"))
     work = ["-o", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     ran = CliRunner().invoke(main, ["train-recognizer", str(manifest), *work, *arguments])
-    assert ran.exit_code == 1
+    assert ran.exit_code == code
     assert words in ran.output
     assert not (tmp_path / "work").exists()
+
+
+def test_groups_that_do_not_divide_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    known = Path(__file__).parents[4] / "models" / "recognizer" / "omniglot"
+    measure = ["evaluate-recognizer", "omniglot", "--omniglot", "nowhere", "--groups", "7"]
+    measure += ["--recognizer", str(known), "--work", str(tmp_path / "work")]
+    ran = CliRunner().invoke(main, [*measure, "-o", str(tmp_path / "report")])
+    assert ran.exit_code == 2
+    assert "groups is 7, which does not divide the width 256" in ran.output

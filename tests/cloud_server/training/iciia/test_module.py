@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cloud_server.errors import ConfigError
 from cloud_server.training.iciia.module import (
     Attention,
     GroupedLinear,
@@ -163,5 +164,5 @@ def test_the_tiny_form_takes_256_groups_or_the_most_that_mix(width: int, groups:
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="groups is 7, which does not divide the width 64"):
+    with pytest.raises(ConfigError, match="groups is 7, which does not divide the width 64"):
         IciiaConfig(width=64, classes=10, groups=7)
