@@ -155,20 +155,23 @@ def test_every_dependency_is_pinned() -> None:
 
 
 def readme_commands(program: str) -> list[list[str]]:
-    """The words of README's command lines that call `program`, in code blocks only."""
+    """What follows `program` on README's command lines that call it, in code blocks only."""
     blocks = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     lines = [line.partition("#")[0].split() for block in blocks for line in block.splitlines()]
-    return [words for words in lines if words[: len(program.split())] == program.split()]
+    called = program.split()
+    return [words[len(called) :] for words in lines if words[: len(called)] == called]
 
 
-@pytest.mark.parametrize("program", ["edge-agent", "cloud-server"])
+@pytest.mark.parametrize("program", ["edge-agent", "cloud-server", "python -m export"])
 def test_commands_and_flags_in_readme_exist(program: str) -> None:
-    group = importlib.import_module(program.replace("-", "_") + ".cli")
-    group = group.cli if program == "edge-agent" else group.main
+    module = importlib.import_module(program.split()[-1].replace("-", "_") + ".cli")
+    group = module.cli if program == "edge-agent" else module.main
     used = readme_commands(program)
     assert used
     for words in used:
-        command = group.get_command(click.Context(group), words[1])
+        command = group
+        if isinstance(group, click.Group):
+            command = group.get_command(click.Context(group), words[0])
         assert command is not None, words
         known = {flag for option in command.params for flag in option.opts + option.secondary_opts}
         assert {word for word in words if word.startswith("-")} <= known, words
@@ -195,3 +198,14 @@ def test_readme_shows_the_ten_metrics_as_they_are() -> None:
     file = ROOT / "cloud_server/training/quality/metrics.toml"
     for metric in tomllib.loads(file.read_text(encoding="utf-8"))["metric"]:
         assert f"| {metric['name']} | {metric['positive']} | {metric['negative']} |" in README
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/measurements.md"])
+def test_pages_link_to_what_is_there(page: str) -> None:
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        file, _, heading = target.partition("#")
+        there = folder / file if file else ROOT / page
+        assert there.is_file(), target
+        titles = re.findall(r"^#+ (.+)$", there.read_text("utf-8"), re.MULTILINE) if heading else []
+        assert heading in {"", *(title.lower().replace(" ", "-") for title in titles)}, target
