@@ -27,13 +27,13 @@ from edge_agent.errors import (
     Refused,
     Unreachable,
 )
+from edge_agent.prompt import DEFAULT_DEADLINE_S
 from edge_agent.types import Cancellation, OnEvent, Picture, Queued, Request, Step
 from protos.address import parse_address
 from protos.t2i.v1 import image_generation_pb2 as pb
 from protos.t2i.v1 import image_generation_pb2_grpc as pb_grpc
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-DEFAULT_DEADLINE_S = 60.0
 CONNECT_S = 2.0
 MAX_PIXELS = 4096 * 4096
 _SERVICE = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name

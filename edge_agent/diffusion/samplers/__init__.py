@@ -14,15 +14,13 @@ from edge_agent.diffusion.samplers.dpm import DpmSolverPlusPlus
 from edge_agent.diffusion.samplers.euler import Euler, EulerAncestral
 from edge_agent.diffusion.samplers.flow import FlowEuler
 from edge_agent.diffusion.samplers.lcm import Lcm
-from edge_agent.diffusion.samplers.schedule import Draw, Sampler
+from edge_agent.diffusion.samplers.schedule import Sampler
 from edge_agent.errors import BundleError, ConfigError
 from edge_agent.types import SamplerName
 
 __all__ = [
     "BY_DEFAULT",
     "SCHEDULERS",
-    "Draw",
-    "Sampler",
     "make_sampler",
     "overridden",
     "sampler_name",
