@@ -24,13 +24,14 @@ from edge_agent.errors import (
     DeadlineExceeded,
     GenerationError,
     LedgerError,
+    Misbehaved,
     Unreachable,
 )
 from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, check_prompt, check_request
 from edge_agent.routing.budget.ledger import Ledger, Reservation
 from edge_agent.routing.budget.pacer import Pacer
 from edge_agent.routing.encoder import Encoded
-from edge_agent.routing.router import Router
+from edge_agent.routing.router import Router, undecided
 from edge_agent.runtime.memory import peak_rss
 from edge_agent.runtime.network import Backend
 from edge_agent.runtime.networks import Networks
@@ -111,15 +112,16 @@ class LazyCloud:
 class _Call:
     """One request on its way through the agent; `deadline` is a reading of the agent's clock.
 
-    `admitted` is the call to the cloud that the decision has reserved.
+    `encoded` is None where nothing could be decided. `admitted` is the call to the cloud that the
+    decision has reserved, or why it could not be.
     """
 
     request: Request
     request_id: str
     seed: int
-    encoded: Encoded
+    encoded: Encoded | None
     deadline: float
-    admitted: Reservation | None
+    admitted: Reservation | LedgerError | None
     on_event: OnEvent | None
     cancellation: Cancellation | None
 
@@ -199,6 +201,7 @@ class EdgeAgent:
     ) -> Result:
         """Draw `request` on the side it belongs to, or on the other when that one fails.
 
+        Where nothing could be decided the device is asked first, and the decision's reason says so.
         Raises ConfigError for a request nobody could draw, Cancelled, or GenerationError when the
         last side that was allowed has failed.
         """
@@ -215,11 +218,17 @@ class EdgeAgent:
     ) -> Result:
         started = self._clock()
         self._edge.open_soon(request, likely=request.route is not Route.CLOUD)
-        self._edge.open(drawing=False)
-        router = self._edge.router(self._share)
-        opened = self._clock()
-        decision, encoded = router.decide(request.prompt)
-        decision, admitted = self._admit(router, self._overrule(decision, request), request)
+        opened, encoded, admitted = started, None, None
+        try:
+            self._edge.open(drawing=False)
+            router = self._edge.router(self._share)
+            opened = self._clock()
+            decision, encoded = router.decide(request.prompt)
+        except (BundleError, GenerationError, MemoryError) as err:
+            why = str(err) or "memory ran out"
+            decision = self._overrule(undecided(self.bundle.router, self._share, why), request)
+        else:
+            decision, admitted = self._admit(router, self._overrule(decision, request), request)
         decided = self._clock()
         call = _Call(
             request=request,
@@ -282,7 +291,7 @@ class EdgeAgent:
 
     def _admit(
         self, router: Router, decision: Decision, request: Request
-    ) -> tuple[Decision, Reservation | None]:
+    ) -> tuple[Decision, Reservation | LedgerError | None]:
         """Decide under the budget's threshold where the router has the say; reserve the call."""
         if (
             self._budget is None
@@ -292,10 +301,10 @@ class EdgeAgent:
             return decision, None
         try:
             admission = self._budget.admit(self._pacer, decision.score)
-        except LedgerError:
-            # Nothing is sent that is not noted first: should the decision be the cloud, noting it
-            # fails again, and the device draws.
-            return decision, None
+        except LedgerError as err:
+            # Nothing is sent that is not noted first: should the decision be the cloud, the device
+            # draws, and says so.
+            return decision, err
         return router.under(admission.threshold, decision), admission.reservation
 
     def _draw(self, call: _Call, first: Route) -> tuple[Picture, Route, str | None]:
@@ -312,7 +321,7 @@ class EdgeAgent:
             call.on_event(Fallback(second, reason))
         try:
             return self._draw_on(second, call), second, reason
-        except (CloudError, GenerationError, BundleError, LedgerError) as err:
+        except (CloudError, ConfigError, GenerationError, BundleError, LedgerError) as err:
             raise GenerationError(
                 f"neither side could draw: {first.value}: {reason}; {second.value}: {err}"
             ) from err
@@ -322,7 +331,7 @@ class EdgeAgent:
             try:
                 return self._edge.generator(self._clock).generate(
                     call.request,
-                    {self.bundle.router.text_encoder: call.encoded},
+                    {} if call.encoded is None else {self.bundle.router.text_encoder: call.encoded},
                     call.seed,
                     call.on_event,
                     call.cancellation,
@@ -351,22 +360,32 @@ class EdgeAgent:
 
     @contextmanager
     def _paid(self, call: _Call) -> Iterator[None]:
-        """Reserve a call to the cloud; give it back only if the cloud certainly drew nothing."""
+        """Reserve a call to the cloud; give it back only if the cloud certainly drew nothing.
+
+        What came of it is settled where it is known. After a deadline, a broken connection or a
+        stop it is not: then the call stays spent, and counts as one without an answer.
+        """
+        if isinstance(call.admitted, LedgerError):
+            raise call.admitted
         if self._budget is None:
             yield
             return
         reservation = call.admitted or self._budget.reserve()
-        finish = self._budget.settle
+        finish: Callable[[Reservation], None] | None = None
         try:
             yield
+            finish = self._budget.settle
         except (CloudError, ConfigError) as err:  # ConfigError: it could not even be sent
             if isinstance(err, ConfigError) or not err.maybe_drawn:
                 finish = self._budget.release
+            elif isinstance(err, Misbehaved):
+                finish = self._budget.settle
             raise
         finally:
             # What cannot be noted stays spent: no reason to lose the picture, or the error.
-            with suppress(LedgerError):
-                finish(reservation)
+            if finish is not None:
+                with suppress(LedgerError):
+                    finish(reservation)
 
     def _models(self, drawn_on: Route, picture: Picture) -> dict[str, str]:
         predictor = self.bundle.component(self.bundle.router.predictor)

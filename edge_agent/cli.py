@@ -5,11 +5,14 @@ Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +25,9 @@ from edge_agent.terminal import (
     cancellable,
     note,
     note_ignored,
+    note_undecided,
     note_unheard,
-    output_file,
+    output_files,
     previews,
     print_json,
     progress,
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from edge_agent.routing.budget.ledger import Ledger
 
 Command = Callable[..., Any]
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # what a redirected stdout can say
 _BUDGET = ("budget_pictures", "budget_cost", "cloud_cost", "ledger")
 _RECOGNIZING = ("client", "history", "histories", "top")
 _DRAWING = tuple(name for name in OPTIONS if name not in _RECOGNIZING)
@@ -57,11 +62,23 @@ class DefaultGroup(click.Group):
     """A group that takes anything but a command's name for the arguments of `generate`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put `generate` in front of a bare prompt; refuse a command that is misspelt."""
+        """Put `generate` in front of a bare prompt, but not of what must have been a command."""
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
             self._refuse_misspelt(ctx, args[0])
+            self._refuse_flags_before(ctx, args)
             args = ["generate", *args]
         return super().parse_args(ctx, args)
+
+    def _refuse_flags_before(self, ctx: click.Context, args: list[str]) -> None:
+        generate, given = self.commands["generate"], dict[str, Any]()
+        with suppress(click.UsageError):  # of which generate itself tells
+            given, _, _ = generate.make_parser(click.Context(generate)).parse_args(list(args))
+        first = next(iter(given.get("prompt") or ()), "")
+        if args[0].startswith("-") and first in self.commands:
+            ctx.fail(
+                f"put {first} before its flags; a picture of that word is drawn by "
+                f"`{PROGRAM} generate {first}`"
+            )
 
     def _refuse_misspelt(self, ctx: click.Context, word: str) -> None:
         import difflib
@@ -119,8 +136,13 @@ def route(state: State, /, prompts: tuple[str, ...], file: str | None, **flags: 
         raise ConfigError("there is no prompt to decide on; give PROMPT... or --file FILE")
     from edge_agent.prompt import check_prompt
 
-    for prompt in everything:
-        check_prompt(prompt)
+    for number, prompt in enumerate(everything, 1):
+        try:
+            check_prompt(prompt)
+        except ConfigError as err:
+            if len(everything) == 1:
+                raise
+            raise ConfigError(f"prompt {number} of {len(everything)}: {err}") from err
     started = time.perf_counter()
     with _open_agent(settings) as agent:
         agent.open(drawing=False)
@@ -135,7 +157,8 @@ def route(state: State, /, prompts: tuple[str, ...], file: str | None, **flags: 
                 timings_ms = {"open": 1e3 * (opened - started), "decide": 1e3 * (ended - begun)}
                 print_json(decision_to_json(prompt, decision, timings_ms))
             else:
-                click.echo(f"{decision.route.value:<5}  {decision.score:.3f}  {prompt}")
+                told = " ".join(prompt.split())  # one line each
+                click.echo(f"{decision.route.value:<5}  {decision.score:.3f}  {told}")
             if not settings.quiet:
                 note_ignored(decision)
     if not (settings.json or settings.quiet):
@@ -150,12 +173,12 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
     """Draw PROMPT and print the picture's path."""
     settings = _resolve(state, flags)
     request = settings.request(" ".join(prompt))
-    from edge_agent.gallery.png import check_folder, write_png
-    from edge_agent.prompt import check_request
+    from edge_agent.gallery.png import check_folder, write_first
+    from edge_agent.prompt import MAX_SEED, check_request
     from edge_agent.records import png_record, result_to_json
 
     check_request(request)
-    check_folder(output_file(settings.output, request.prompt, 0))
+    check_folder(next(output_files(settings.output, request.prompt, MAX_SEED)))
     with (
         _open_agent(settings) as agent,
         progress(settings.quiet) as tell,
@@ -165,9 +188,10 @@ def generate(state: State, /, prompt: tuple[str, ...], **flags: Any) -> None:
         tags = _tags(agent.bundle, settings, result)
     if not settings.quiet:
         note_ignored(result.decision)
+        note_undecided(result.decision)
         note_unheard(result)
-    file = output_file(settings.output, result.prompt, result.picture.seed)
-    write_png(file, result.picture.image, png_record(result, tags))
+    files = output_files(settings.output, result.prompt, result.picture.seed)
+    file = write_first(files, result.picture.image, png_record(result, tags))
     if settings.json:
         print_json(result_to_json(result, file, tags))
     else:
@@ -247,6 +271,9 @@ def doctor(state: State, /, measure: bool, **flags: Any) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what a terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments, os.environ))
 
 
@@ -255,7 +282,8 @@ def run(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     state = State(env, debug="--debug" in arguments)
     try:
         code = cli.main(list(arguments), PROGRAM, standalone_mode=False, obj=state)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed, as daemons may be started
+            sys.stdout.flush()
     except click.ClickException as err:
         err.show()
         return err.exit_code
@@ -269,10 +297,18 @@ def run(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         return _fail(state, 2, str(err), err)
     except AgentError as err:
         return _fail(state, 1, str(err), err)
-    except Exception as err:  # the outermost edge: a person gets a sentence whatever happens
-        told = f"unexpected {type(err).__name__}: {err}; run it again with --debug and report it"
+    except OSError as err:
+        if err.errno not in _NO_ROOM:
+            return _fail(state, 1, _unexpected(err), err)
+        told = f"the answer could not be printed ({err.strerror}); free some space"
         return _fail(state, 1, told, err)
+    except Exception as err:  # the outermost edge: a person gets a sentence whatever happens
+        return _fail(state, 1, _unexpected(err), err)
     return int(code or 0)
+
+
+def _unexpected(err: Exception) -> str:
+    return f"unexpected {type(err).__name__}: {err}; run it again with --debug and report it"
 
 
 def _fail(state: State, code: int, message: str, err: BaseException) -> int:
@@ -375,6 +411,7 @@ def _print_recognition(found: Recognition, settings: Settings) -> None:
 
 
 def _connect(address: str) -> Any:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it has to say comes as an error as well
     from edge_agent.cloud.client import CloudClient
 
     return CloudClient(address)

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from edge_agent.errors import ConfigError
-from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, MAX_STEPS
+from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_DEADLINE_S, MAX_SEED, MAX_STEPS
 from edge_agent.types import Memory, Provider, Request, Route, SamplerName
 
 ENV_PREFIX = "EDGE_AGENT_"
 _LEAST_MONEY, _MOST_MONEY = Decimal("0.000001"), Decimal(1_000_000)
 LONGEST_HISTORY = 60  # pictures; accuracy is flat well before (ICIIA, figure 6)
+_PLACES = ("bundle", "ledger", "histories")  # one each, wherever the command is called from
 _AMOUNT = "an amount from 0 to 1000000 with at most six decimals"
 T = TypeVar("T")
 
@@ -63,9 +64,9 @@ def _between(kind: Callable[[str], T], low: float, high: float = math.inf) -> Ca
     return parse
 
 
-def _positive(text: str) -> float:
+def _seconds(text: str) -> float:
     value = float(text)
-    if not 0 < value < math.inf:
+    if not 0 < value <= MAX_DEADLINE_S:
         raise ValueError(text)
     return value
 
@@ -131,9 +132,9 @@ OPTIONS: dict[str, Option[Any]] = {
         Route, Route.AUTO, "auto, edge or cloud", "Where to draw: auto, edge or cloud.", "SIDE"
     ),
     "deadline": Option(
-        _positive,
+        _seconds,
         DEFAULT_DEADLINE_S,
-        "a number of seconds above 0",
+        f"a number of seconds above 0, at most {MAX_DEADLINE_S:.0f}",
         "How long to wait for the cloud before drawing here.",
         "SECONDS",
     ),
@@ -321,6 +322,8 @@ def resolve(
             values[name], sources[name] = option.default, "default"
             continue
         values[name], sources[name] = _parse(option, raw, source), source
+        if name in _PLACES and name in from_file and source.startswith(f"{name} in "):
+            values[name] = config_file.parent / values[name]
     if values["bundle"] is None:
         from edge_agent.bundle import default_path
 
@@ -351,7 +354,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        content = tomllib.loads(raw.decode())
+        content = tomllib.loads(raw.decode("utf-8-sig"))
     except ValueError as err:
         raise ConfigError(f"{file} is not valid TOML ({err}); correct it there") from err
     for key in content:

@@ -171,6 +171,7 @@ def _components(bundle: Bundle, settings: Settings) -> list[dict[str, Any]]:
     edge = Edge(networks)
     try:
         edge.open(drawing=True)
+        edge.router(0.0).decide("a")  # does its answer fit what the bundle says of it?
         for each in networks.known:  # with --memory low one at a time, and only now
             each.open()
     finally:
@@ -227,18 +228,21 @@ def _cloud(settings: Settings) -> dict[str, Any]:
 
 def _budget(settings: Settings) -> dict[str, Any]:
     """Look into the ledger; one that nobody has used yet is not made."""
-    if not settings.ledger.exists():
-        return {"status": f"nothing spent yet, no ledger at {settings.ledger}"}
-    from edge_agent.routing.budget.ledger import Ledger
+    from edge_agent.routing.budget.ledger import Ledger, Limits
 
     try:
+        Limits(settings.budget_pictures, settings.budget_cost, settings.cloud_cost)
+        if not settings.ledger.exists():
+            return {"status": f"nothing spent yet, no ledger at {settings.ledger}"}
         spent = Ledger(settings.ledger).spent()
     except AgentError as err:
         return {"status": str(err)}
+    except OSError as err:
+        return {"status": f"the ledger {settings.ledger} cannot be read ({err.strerror})"}
     limits = {"pictures": settings.budget_pictures, "cost": settings.budget_cost}
     left = " and ".join(f"{limit} {what}" for what, limit in limits.items() if limit is not None)
     return {
-        "status": f"{spent.pictures} pictures for {spent.cost} spent on {spent.day}, "
+        "status": f"cloud pictures on {spent.day}: {spent.pictures}, for {spent.cost}, "
         f"{spent.unsure} of them without an answer; limit a day: {left or 'none'}",
         "day": spent.day.isoformat(),
         "pictures": spent.pictures,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from re import fullmatch
 from typing import Any, TypeVar
@@ -108,6 +110,11 @@ class _Fields:
         path = f"{self.where}{key}"
         return BundleError(f"{self.manifest} has no usable {path!r} (expected {kind}); {REBUILD}")
 
+    def check(self, key: str, valid: object, kind: str) -> None:
+        """Raise for the value of a key that is not valid."""
+        if not valid:
+            raise self.error(key, kind)
+
     def get(self, key: str, kind: type[T]) -> T:
         value = self.content.get(key)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -201,7 +208,7 @@ def _tokenizer(fields: _Fields) -> TokenizerFiles:
 
 
 def _diffusion(fields: _Fields) -> DiffusionSpec:
-    return DiffusionSpec(
+    spec = DiffusionSpec(
         family=fields.get("family", str),
         model=fields.get("model", str),
         digest=fields.get("digest", str),
@@ -222,18 +229,31 @@ def _diffusion(fields: _Fields) -> DiffusionSpec:
         max_size=fields.get("max_size", int),
         preview=_preview(fields.child("preview")) if fields.content.get("preview") else None,
     )
+    for key in ("latent_channels", "vae_scale", "size_step", "width", "height", "steps"):
+        fields.check(key, getattr(spec, key) > 0, "a number above 0")
+    fields.check("text_encoders", spec.text_encoders, "one name or more")
+    fields.check("scaling_factor", _is_scale(spec.scaling_factor), "a number other than 0")
+    fields.check("shift_factor", math.isfinite(spec.shift_factor), "a number")
+    fields.check("guidance", 0 <= spec.guidance < math.inf, "a number from 0 on")
+    return spec
+
+
+def _is_scale(number: float) -> bool:
+    return math.isfinite(number) and number != 0
 
 
 def _preview(fields: _Fields) -> PreviewSpec:
-    return PreviewSpec(
+    spec = PreviewSpec(
         decoder=fields.get("decoder", str),
         scaling_factor=fields.get("scaling_factor", float),
         shift_factor=fields.get("shift_factor", float),
     )
+    fields.check("scaling_factor", _is_scale(spec.scaling_factor), "a number other than 0")
+    return spec
 
 
 def _router(fields: _Fields) -> RouterSpec:
-    return RouterSpec(
+    spec = RouterSpec(
         metrics=tuple(
             Metric(
                 name=metric.get("name", str),
@@ -252,6 +272,13 @@ def _router(fields: _Fields) -> RouterSpec:
         text_encoder=fields.get("text_encoder", str),
         predictor=fields.get("predictor", str),
     )
+    weights, digest = [metric.weight for metric in spec.metrics], spec.score_digest
+    one = bool(weights) and min(weights) >= 0 and math.isclose(sum(weights), 1, abs_tol=1e-4)
+    fields.check("metrics", one, "one or more, of weights that add up to 1")
+    rising = all(a <= b for a, b in pairwise(digest)) and all(map(math.isfinite, digest))
+    fields.check("score_digest", digest and rising, "scores that rise")
+    fields.check("default_share", 0 <= spec.default_share <= 1, "a share from 0 to 1")
+    return spec
 
 
 def _recognizer(fields: _Fields) -> RecognizerSpec:
@@ -275,6 +302,5 @@ def _recognizer(fields: _Fields) -> RecognizerSpec:
         ("history", 0 <= spec.history <= LONGEST_HISTORY, f"0 to {LONGEST_HISTORY}"),
         ("least_history", (spec.least_history or 0) >= 0, "null or a number of pictures"),
     ):
-        if not valid:
-            raise fields.error(key, kind)
+        fields.check(key, valid, kind)
     return spec

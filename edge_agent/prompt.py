@@ -6,12 +6,12 @@ import math
 import unicodedata
 
 from edge_agent.errors import ConfigError
-from edge_agent.types import Request, SamplerName
+from edge_agent.types import Request, Route, SamplerName
 
 MAX_PROMPT_BYTES = 4096
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 200
-DEFAULT_DEADLINE_S = 120.0
+DEFAULT_DEADLINE_S, MAX_DEADLINE_S = 120.0, 86_400.0
 _SPACES = "\t\n\r"
 
 
@@ -49,12 +49,13 @@ def check_request(request: Request) -> None:
         raise ConfigError(
             f"there is no sampler {str(request.sampler)!r}; choose {', '.join(SamplerName)}"
         )
-    if request.deadline_s is not None and not (
-        math.isfinite(request.deadline_s) and request.deadline_s > 0
-    ):
+    if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_DEADLINE_S:
         raise ConfigError(
-            f"the deadline {request.deadline_s} s is out of range; choose more than 0 seconds"
+            f"the deadline {request.deadline_s} s is out of range; choose a number of seconds "
+            f"above 0, at most {MAX_DEADLINE_S:.0f}"
         )
+    if request.route not in set(Route) or not isinstance(request.route, Route):
+        raise ConfigError(f"there is no route {request.route!r}; choose of edge_agent.Route")
 
 
 def _check_text(text: str, what: str) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,6 +46,12 @@ def note_ignored(decision: Decision) -> None:
         note(f"the prompt is longer than the model reads; its last {count} tokens were ignored")
 
 
+def note_undecided(decision: Decision) -> None:
+    """Say it where the router could not decide."""
+    if not decision.metrics:
+        note(decision.reason)
+
+
 def note_unheard(result: Result) -> None:
     """Say it where a negative prompt had no say: guidance is what it speaks through."""
     guidance = result.picture.guidance
@@ -56,14 +63,21 @@ def print_json(content: Mapping[str, Any]) -> None:
     """Print one object as one line of stdout."""
     import json
 
-    click.echo(json.dumps(content, ensure_ascii=False))
+    unicode = getattr(sys.stdout, "encoding", None) in ("utf-8", "UTF-8", None)
+    line = json.dumps(content, ensure_ascii=not unicode)
+    for end in "\u2028\u2029":  # which some readers take for the end of a line
+        line = line.replace(end, f"\\u{ord(end):x}")
+    click.echo(line)
 
 
 def prompts_in(file: str) -> list[str]:
     """Return the lines of a file that are not blank, or of stdin for `-`; raises ConfigError."""
     try:
+        if file == "-" and sys.stdin is None:
+            raise ConfigError("--file - reads stdin, which is closed; name a file")
         raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        lines = raw.decode("utf-8-sig").splitlines()
+        # Not splitlines(), which takes characters inside a prompt for ends of lines.
+        lines = [line.removesuffix("\r") for line in raw.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as err:
         raise ConfigError(f"--file {file} is not UTF-8 ({err.reason}); convert it") from err
     except OSError as err:
@@ -74,7 +88,7 @@ def prompts_in(file: str) -> list[str]:
 @contextmanager
 def progress(quiet: bool) -> Iterator[OnEvent]:
     """Show steps as a bar on a terminal, and a change of sides as a note."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield lambda event: _tell(event, quiet)
         return
     from tqdm import tqdm
@@ -83,11 +97,13 @@ def progress(quiet: bool) -> Iterator[OnEvent]:
 
         def on_event(event: Event) -> None:
             if isinstance(event, Step):
+                bar.set_description(None, refresh=False)
                 bar.total = event.total
                 bar.update(event.index - bar.n)
             elif isinstance(event, Queued):
                 bar.set_description(f"{event.position} ahead in the cloud")
             elif isinstance(event, Fallback):
+                bar.set_description(None, refresh=False)
                 bar.reset()
                 bar.clear()
                 _tell(event, quiet)
@@ -140,10 +156,13 @@ def cancellable(work: Callable[[Cancellation], T]) -> T:
             future.set_exception(err)
 
     def on_interrupt(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_DFL)
         cancellation.cancel()
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    # What is told to end by another program leaves as little behind as what a person stops.
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(kind, on_interrupt) for kind in kinds]
     try:
         Thread(target=target, name="drawing", daemon=True).start()
         while not future.done():
@@ -152,22 +171,24 @@ def cancellable(work: Callable[[Cancellation], T]) -> T:
             raise Cancelled("stopped")
         return future.result()
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for kind, handler in zip(kinds, previous, strict=True):
+            signal.signal(kind, handler)
 
 
-def output_file(output: Path | None, prompt: str, seed: int) -> Path:
-    """Return where the picture goes: `output`, or a name made of prompt and seed, never in use."""
+def output_files(output: Path | None, prompt: str, seed: int) -> Iterator[Path]:
+    """Yield where the picture may go: `output` alone, or names made of prompt and seed.
+
+    Of the latter the first is to be taken that nobody has. Raises ConfigError.
+    """
     if output is not None and not output.is_dir():
         if output.suffix.lower() != ".png":
             raise ConfigError(f"-o {output} does not end in .png; only PNG pictures are written")
-        return output
-    stem = f"{_words(prompt)}-{seed}"
-    folder = output or Path()
-    file, copy = folder / f"{stem}.png", 1
-    while file.exists():
-        copy += 1
-        file = folder / f"{stem}-{copy}.png"
-    return file
+        yield output
+        return
+    stem = (output or Path()) / f"{_words(prompt)}-{seed}"
+    yield stem.with_name(f"{stem.name}.png")
+    for copy in count(2):
+        yield stem.with_name(f"{stem.name}-{copy}.png")
 
 
 def _words(prompt: str) -> str:

@@ -89,7 +89,8 @@ class Decision:
 
     `prs` is the Pareto relative superiority of the edge (above 0.5: edge better), `score` is
     1 - prs, `threshold` is 1 - alpha of the paper's section 5.2, `metrics` holds D_i by name,
-    `ignored_tokens` counts the end of a prompt that is longer than the text encoder reads.
+    `ignored_tokens` counts the end of a prompt that is longer than the text encoder reads. Where
+    nothing could be predicted there are no metrics, and `prs` is 0.5.
     """
 
     route: Route

@@ -156,7 +156,7 @@ class CloudClient:
         on_event: OnEvent | None = None,
         cancellation: Cancellation | None = None,
     ) -> Picture:
-        """Draw `request` with `seed`, in at most `deadline_s` (default 60) including connecting.
+        """Draw `request` with `seed`, in at most `deadline_s` (default 120) including connecting.
 
         A server that cannot be reached is asked up to three times, until a first event came.
         `on_event` gets Queued and Step as they come. Raises Unreachable, Refused, DeadlineExceeded,
@@ -167,13 +167,14 @@ class CloudClient:
             raise Cancelled("the picture was cancelled")
         begun = time.monotonic()
         limit_s = DEFAULT_DEADLINE_S if deadline_s is None else deadline_s
+        slow = f"had no picture within {limit_s:.1f} s; raise --deadline or use --route edge"
         message = _message(request, request_id, seed)
         maybe_drawn = False
         for pause_s in (*_PAUSES_S, math.inf):
             answer = _Answer()
             try:
                 left_s = max(begun + limit_s - time.monotonic(), 0.0)
-                with self._errors(limit_s):
+                with self._errors(slow):
                     self._ask(message, left_s, answer, on_event, cancellation)
                 break
             except CloudError as error:
@@ -188,9 +189,12 @@ class CloudClient:
         if answer.image is None:
             raise Misbehaved(f"the server at {self.address} ended its answer without a picture")
         image = self._decode(answer.image, request, seed)
+        told = (answer.image.guidance, *answer.image.timings_ms.values())
+        if not all(map(math.isfinite, told)):
+            raise Misbehaved(f"the server at {self.address} told guidance or times that are none")
         return Picture(
             image=image,
-            model=answer.image.model,
+            model=_printable(answer.image.model),
             seed=seed,
             width=image.width,
             height=image.height,
@@ -229,17 +233,17 @@ class CloudClient:
         request = health_pb2.HealthCheckRequest(service=_SERVICE)
         try:
             answer = self._health.Check(request, timeout=timeout_s)
-        except grpc.RpcError:
+        except (grpc.RpcError, ValueError):  # ValueError: the channel is closed
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def capabilities(self, timeout_s: float = CONNECT_S) -> Capabilities:
         """Ask what the server can draw. Raises as `generate` does."""
-        with self._errors(timeout_s):
+        with self._errors(f"did not answer within {timeout_s:g} s"):
             answer = self._stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=timeout_s)
         models = tuple(
             CloudModel(
-                name=model.name,
+                name=_printable(model.name),
                 width=model.default_width,
                 height=model.default_height,
                 steps=model.default_steps,
@@ -252,40 +256,51 @@ class CloudClient:
             )
             for model in answer.models
         )
-        return Capabilities(models, answer.max_prompt_bytes, answer.version)
+        return Capabilities(models, answer.max_prompt_bytes, _printable(answer.version))
 
     @contextmanager
-    def _errors(self, limit_s: float) -> Iterator[None]:
-        """Turn what gRPC raises into the error of ours that says the same."""
+    def _errors(self, slow: str) -> Iterator[None]:
+        """Turn what gRPC raises into the error of ours that says the same.
+
+        `slow` completes the sentence about a server that took too long.
+        """
         try:
             yield
         except grpc.RpcError as error:
-            raise self._mapped(error, limit_s) from error
+            raise self._mapped(error, slow) from error
+        except ValueError as error:  # all that gRPC says of a closed channel
+            raise Unreachable(
+                f"the connection to {self.address} was closed; make another CloudClient",
+                maybe_drawn=False,
+            ) from error
 
-    def _mapped(self, error: grpc.RpcError, limit_s: float) -> CloudError:
+    def _mapped(self, error: grpc.RpcError, slow: str) -> CloudError:
         code, said = error.code(), _printable(error.details() or "no reason given")
         pushback = dict(error.trailing_metadata() or ()).get(_PUSHBACK)
         where = f"the cloud at {self.address}"
         status = grpc.StatusCode
+        # A server that tells when to come back is there, and did not begin; a broken connection
+        # tells nothing.
+        if code in _REFUSALS and "larger than max" not in said:
+            return Refused(f"{where} refused: {said}", _retry_after_s(pushback))
+        if code in (status.UNAVAILABLE, status.DEADLINE_EXCEEDED) and pushback is not None:
+            return Refused(f"{where} refused: {said}", _retry_after_s(pushback))
         if code is status.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(
-                f"{where} had no picture within {limit_s:g} s ({said});"
-                " raise --deadline or use --route edge"
-            )
+            return DeadlineExceeded(f"{where} {slow} ({said})")
         if code is status.RESOURCE_EXHAUSTED and "larger than max" in said:
             return Misbehaved(
                 f"{where} sent a message over {self._max_message_bytes} bytes ({said});"
                 " ask for a smaller picture"
             )
-        # A server that tells when to come back is there; a broken connection tells nothing.
-        if code in _REFUSALS or (code is status.UNAVAILABLE and pushback is not None):
-            return Refused(f"{where} refused: {said}", _retry_after_s(pushback))
         if code in (status.UNAVAILABLE, status.CANCELLED):
             return Unreachable(
                 f"{where} cannot be reached ({said}); check that a cloud-server runs there",
                 maybe_drawn=not said.startswith(_NEVER_CONNECTED),
             )
-        return Misbehaved(f"{where} failed with {code.name}: {said}; see the server's log")
+        return Misbehaved(
+            f"{where} failed with {code.name}: {said}; see the server's log",
+            maybe_drawn=code is not status.UNIMPLEMENTED,
+        )
 
     def _decode(self, answer: pb.Image, request: Request, seed: int) -> Image.Image:
         """Return the picture in `answer` if it is a PNG of the size and seed asked for."""
@@ -310,8 +325,10 @@ class CloudClient:
             with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
                 opened.verify()  # checksums; leaves the image unusable
             with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
+                if opened.size != stated:  # a second header came later
+                    raise ValueError(f"it is {opened.width}x{opened.height} pixels after all")
                 return opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except Exception as error:  # a stranger's bytes find whatever a decoder can raise
             raise Misbehaved(f"{where} answered with a damaged PNG: {error}") from error
 
 

@@ -73,6 +73,13 @@ class Router:
         )
 
 
+def undecided(spec: RouterSpec, share: float, why: str) -> Decision:
+    """Return the decision where nothing could be predicted: neither side is the better one."""
+    reason = f"nothing could be decided, so the edge comes first: {why}"
+    limit = threshold(spec.score_digest, share)
+    return Decision(Route.EDGE, reason, 0.5, 0.5, limit, share, {})
+
+
 def explain(score: float, limit: float, share: float, metrics: Mapping[str, float]) -> str:
     """Say in one sentence why a score leads where it leads; D_i below 1/2 favours the cloud."""
     if share == 0.0:

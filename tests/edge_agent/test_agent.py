@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from edge_agent.errors import (
     Refused,
     Unreachable,
 )
-from edge_agent.routing.budget.ledger import Ledger, Limits
+from edge_agent.routing.budget.ledger import Ledger, Limits, Reservation
 from edge_agent.routing.budget.pacer import Pace
 from edge_agent.runtime import openvino
 from edge_agent.runtime.network import Engine
@@ -457,26 +458,33 @@ def test_a_spent_budget_draws_here_and_says_why(make_agent: MakeAgent, ledger: L
 
 @pytest.mark.parametrize("route", [Route.AUTO, Route.CLOUD])
 @pytest.mark.parametrize(
-    ("error", "spent"),
+    ("error", "spent", "unsure"),
     [
-        (Unreachable("no connection", maybe_drawn=False), 0),
-        (Unreachable("the connection broke"), 1),
-        (Refused("busy"), 0),
-        (DeadlineExceeded("no picture within 3 s"), 1),
-        (Misbehaved("not a picture"), 1),
-        (Cancelled("stopped"), 1),
-        (ConfigError("half a surrogate pair"), 0),
+        (Unreachable("no connection", maybe_drawn=False), 0, 0),
+        (Unreachable("the connection broke"), 1, 1),
+        (Refused("busy"), 0, 0),
+        (DeadlineExceeded("no picture within 3 s"), 1, 1),
+        (Misbehaved("not a picture"), 1, 0),
+        (Misbehaved("UNIMPLEMENTED", maybe_drawn=False), 0, 0),
+        (Cancelled("stopped"), 1, 1),
+        (ConfigError("half a surrogate pair"), 0, 0),
     ],
     ids=lambda value: str(value),
 )
 def test_only_what_certainly_was_not_drawn_is_given_back(
-    make_agent: MakeAgent, ledger: Ledger, error: AgentError, spent: int, route: Route
+    make_agent: MakeAgent,
+    ledger: Ledger,
+    error: AgentError,
+    spent: int,
+    unsure: int,
+    route: Route,
 ) -> None:
     agent = make_agent(cloud=Cloud(error), budget=ledger)
     with suppress(Cancelled, ConfigError):  # the others end in a picture from the edge
         assert agent.generate(Request(HARD, route=route)).fallback_reason == str(error)
-    assert (ledger.spent().pictures, ledger.spent().unsure) == (spent, 0)
-    assert ledger.pace() == Pace(pytest.approx(0.7) if spent and route is Route.AUTO else 0.0)
+    assert (ledger.spent().pictures, ledger.spent().unsure) == (spent, unsure)
+    ahead, credit = (0.7, 0.3 * unsure) if spent and route is Route.AUTO else (0.0, 0.0)
+    assert ledger.pace() == Pace(pytest.approx(ahead), pytest.approx(credit))
 
 
 def test_a_deadline_that_has_passed_spends_nothing(tiny_bundle: Path, ledger: Ledger) -> None:
@@ -576,3 +584,69 @@ def test_a_picture_is_not_lost_when_its_call_cannot_be_settled(
     assert result.drawn_on is Route.CLOUD
     ledger.path.with_suffix(".whole").replace(ledger.path)
     assert (ledger.spent().pictures, ledger.spent().unsure) == (1, 1)
+
+
+def break_predictor(content: dict[str, Any]) -> None:
+    """Let the bundle name one metric less than its predictor answers."""
+    metrics = content["router"]["metrics"]
+    metrics.pop()
+    for metric in metrics:
+        metric["weight"] = 1 / len(metrics)
+
+
+def test_where_nothing_can_be_decided_a_picture_comes_all_the_same(
+    make_agent: MakeAgent, tiny_bundle: Path, rewrite: Callable[..., None]
+) -> None:
+    rewrite(tiny_bundle, break_predictor)
+    with pytest.raises(BundleError, match="predictor answered"):
+        make_agent().route(HARD)
+    result = make_agent(cloud=Cloud(), share=1.0).generate(Request(HARD))
+    assert (result.drawn_on, result.decision.route) == (Route.EDGE, Route.EDGE)
+    assert (result.decision.metrics, result.decision.score) == ({}, 0.5)
+    assert "nothing could be decided" in result.decision.reason
+    asked = make_agent(cloud=Cloud()).generate(Request(HARD, route=Route.CLOUD))
+    assert (asked.drawn_on, asked.fallback_from) == (Route.CLOUD, None)
+
+
+def test_a_text_encoder_that_does_not_open_leaves_the_picture_to_the_cloud(
+    make_agent: MakeAgent, tiny_bundle: Path
+) -> None:
+    agent = make_agent(cloud=Cloud())
+    (tiny_bundle / "text_encoder" / "model.onnx").write_bytes(b"damaged while running")
+    result = agent.generate(Request(EASY))
+    assert (result.drawn_on, result.fallback_from) == (Route.CLOUD, Route.EDGE)
+    assert result.fallback_reason is not None
+    assert "text_encoder" in result.fallback_reason
+    with pytest.raises(BundleError, match="text_encoder"):
+        agent.generate(Request(EASY, private=True))
+
+
+def test_an_edge_that_cannot_draw_the_size_says_why_the_cloud_did_not(
+    make_agent: MakeAgent,
+) -> None:
+    agent = make_agent(cloud=Cloud(Unreachable("nobody there")))
+    with pytest.raises(GenerationError, match=r"cloud: nobody there; edge: the width 512 is over"):
+        agent.generate(Request(EASY, width=512, route=Route.CLOUD))
+
+
+def test_a_locked_ledger_is_waited_for_once(make_agent: MakeAgent, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite3"
+    Ledger(path).spent()
+    ledger = Ledger(path, Limits(pictures=2), patience_s=0.01)
+    tried = []
+    reserve = ledger.reserve
+
+    def counting() -> Reservation:
+        tried.append(1)
+        return reserve()
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ledger, "reserve", counting)
+            agent = make_agent(cloud=Cloud(), budget=ledger, share=1.0)
+            result = agent.generate(Request(HARD))
+    assert (result.drawn_on, result.fallback_from) == (Route.EDGE, Route.CLOUD)
+    assert result.fallback_reason is not None
+    assert "locked by another program" in result.fallback_reason
+    assert tried == []

@@ -88,6 +88,23 @@ def _without(*path: str) -> Callable[[dict[str, Any]], None]:
         (_without("tokenizers", "text_encoder"), "'tokenizers.text_encoder.'"),
         (lambda content: content["router"]["metrics"].append(3), r"'router.metrics\[3\].'"),
         (lambda content: content["router"]["score_digest"].append("x"), "score_digest.200'"),
+        (lambda content: content["router"]["score_digest"].clear(), "score_digest' .expected scor"),
+        (
+            lambda content: content["router"]["score_digest"].append(-1.0),
+            "'router.score_digest' .expected scores that rise",
+        ),
+        (
+            lambda content: content["router"]["metrics"][0].update(weight=5),
+            "'router.metrics' .expected one or more, of weights that add up to 1",
+        ),
+        (
+            lambda content: content["router"].update(default_share=1.5),
+            "'router.default_share' .expected a share from 0 to 1",
+        ),
+        (lambda content: content["diffusion"].update(steps=0), "'diffusion.steps' .expected a num"),
+        (lambda content: content["diffusion"].update(vae_scale=0), "'diffusion.vae_scale'"),
+        (lambda content: content["diffusion"].update(scaling_factor=0), "other than 0"),
+        (lambda content: content["diffusion"].update(text_encoders=[]), "one name or more"),
         (
             lambda content: content["tokenizers"]["text_encoder"].update(file="../../etc/passwd"),
             "outside the bundle",

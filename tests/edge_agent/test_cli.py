@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,11 @@ import pytest
 from PIL import Image
 
 from edge_agent.cli import run
-from edge_agent.gallery.png import read_record
+from edge_agent.gallery.png import read_record, write_first
 from edge_agent.gallery.preview import PreviewFile
 from edge_agent.routing.budget.ledger import Ledger
 from edge_agent.runtime import providers
+from edge_agent.terminal import output_files
 from tests.wire import HeldEngine, free_port, running_server
 
 
@@ -228,6 +230,10 @@ def test_a_cloud_that_nobody_runs_ends_in_a_picture(command: Command, tmp_path: 
         (["a cat", "--budget-cost", "lots"], 2, "--budget-cost is 'lots'; choose an amount"),
         (["a cat", "--budget-cost", "5"], 2, "price of a picture; give it with --cloud-cost"),
         (["a cat", "--frobnicate"], 2, "--frobnicate"),
+        (["a cat", "--deadline", "9e9"], 2, "--deadline is '9e9'; choose a number of seconds"),
+        (["--quiet", "--offline", "doctor"], 2, "put doctor before its flags"),
+        (["route", "a cat", "a\x07cat"], 2, "prompt 2 of 2: the prompt contains"),
+        (["a cat", "-o", f"{'a' * 260}.png"], 1, "File name too long"),
         (["a cat", "-o", "a.jpg"], 2, "a.jpg does not end in .png"),
         (["a cat", "-o", "gone/a.png"], 1, "folder gone does not exist"),
         (["a cat", "--bundle", "gone"], 1, "no bundle at gone"),
@@ -290,8 +296,9 @@ sys.exit(run(["a cat", "-o", "a.png"], os.environ))
     assert os.listdir(folder) == []
 
 
-def test_ctrl_c_in_the_middle_takes_the_preview_away_too(
-    tiny_bundle: Path, tmp_path: Path, slow_unet: Callable[..., None]
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_the_middle_takes_the_preview_away_too(
+    tiny_bundle: Path, tmp_path: Path, slow_unet: Callable[..., None], kind: signal.Signals
 ) -> None:
     """As a terminal does it: a signal from outside, once the first of several steps is seen."""
     slow_unet(tiny_bundle, below=900)  # the first step is at 999, the next takes hours
@@ -305,7 +312,7 @@ def test_ctrl_c_in_the_middle_takes_the_preview_away_too(
         while "a.preview.png" not in os.listdir(folder):
             assert process.poll() is None
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(kind)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines() == [
@@ -486,3 +493,59 @@ def test_a_misspelt_command_draws_no_picture_of_that_word(
 def test_a_prompt_is_not_taken_for_a_misspelt_command(command: Command) -> None:
     for prompt in ("a doctor", "root", "degenerate cats", "docks"):
         assert command(prompt, "--offline", "-o", "drawn.png").returncode == 0
+
+
+def test_flags_may_stand_before_a_prompt(command: Command, tmp_path: Path) -> None:
+    assert command("--offline", "--seed", "7", "a", "doctor", "-o", "a.png").returncode == 0
+    assert (tmp_path / "a.png").is_file()
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&- <&-"])
+def test_closed_streams_cost_no_picture(tiny_bundle: Path, tmp_path: Path, closed: str) -> None:
+    env = os.environ | {"EDGE_AGENT_BUNDLE": str(tiny_bundle), "PYTHONPATH": str(ROOT)}
+    line = f'"{sys.executable}" -m edge_agent "a cat" --offline -o a.png {closed}'
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=env, timeout=60, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_what_the_output_cannot_hold_is_said(tiny_bundle: Path, tmp_path: Path) -> None:
+    env = os.environ | {"EDGE_AGENT_BUNDLE": str(tiny_bundle), "PYTHONPATH": str(ROOT)}
+    route = [sys.executable, "-m", "edge_agent", "route", "--quiet"]
+    latin = env | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run([*route, "--json", "猫 🐈"], env=latin, capture_output=True, check=True)
+    assert json.loads(done.stdout.decode("ascii"))["prompt"] == "猫 🐈"
+    plain = subprocess.run([*route, "猫"], env=latin, capture_output=True, check=True)
+    assert plain.stdout.decode("ascii").endswith("\\u732b\n")
+    with open("/dev/full", "wb") as full:
+        none = subprocess.run(
+            [*route, "a cat"], env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert none.returncode == 1
+    assert none.stderr.startswith("edge-agent: the answer could not be printed")
+
+
+def test_a_file_has_one_prompt_a_line_whatever_is_in_it(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("a cat\u2028on a beach\r\n\n a dog \n".encode())
+    done = command("route", "--json", "--file", "prompts.txt")
+    prompts = [json.loads(line)["prompt"] for line in done.stdout.splitlines()]
+    assert prompts == ["a cat\u2028on a beach", " a dog "]
+    shown = command("route", "--quiet", "a cat\nedge   0.100  forged")
+    assert len(shown.stdout.splitlines()) == 1
+
+
+def test_two_pictures_of_one_name_at_once_take_two(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Both have looked for a name before either has written."""
+    names = [output_files(tmp_path, "a cat", 7) for _ in range(8)]
+    image = Image.new("RGB", (8, 8))
+    with ThreadPoolExecutor(8) as threads:
+        written = list(threads.map(lambda files: write_first(files, image, {}), names))
+    wanted = {"a-cat-7.png", *(f"a-cat-7-{copy}.png" for copy in range(2, 9))}
+    assert {file.name for file in written} == wanted
+    assert {file.name for file in tmp_path.glob("*.png")} == wanted
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_doctor_tells_a_limit_that_generate_would_refuse(command: Command) -> None:
+    done = command("doctor", "--offline", "--budget-cost", "2")
+    assert "without the price of a picture" in done.stdout

@@ -132,3 +132,13 @@ def test_a_tilde_is_the_home_wherever_a_path_stands(
     found = resolve({"histories": "~/seen"}, {"EDGE_AGENT_BUNDLE": "~/bundle"}, config)
     wanted = tuple(tmp_path / name for name in ("bundle", "spent.sqlite3", "seen"))
     assert (found.bundle, found.ledger, found.histories) == wanted
+
+
+def test_places_in_the_file_are_the_same_wherever_the_command_is_called_from(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text('\ufeffledger = "spent.sqlite3"\noutput = "pictures"', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    found = resolve({"histories": "seen"}, {}, config)
+    assert found.ledger == config.parent / "spent.sqlite3"
+    assert (found.histories, found.output) == (Path("seen"), Path("pictures"))

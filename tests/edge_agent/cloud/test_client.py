@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import signal
 import socket
 import struct
@@ -193,8 +194,9 @@ def test_a_server_without_our_service_misbehaves() -> None:
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         with CloudClient(f"127.0.0.1:{port}") as client:
-            with pytest.raises(Misbehaved, match="UNIMPLEMENTED"):
+            with pytest.raises(Misbehaved, match="UNIMPLEMENTED") as caught:
                 draw(client)
+            assert not caught.value.maybe_drawn
             assert not client.healthy()
         server.stop(0).wait(PATIENCE_S)
 
@@ -205,11 +207,24 @@ def broken_png() -> bytes:
     return bytes(data)
 
 
-def huge_png_header() -> bytes:
-    """A few bytes that ask for gigabytes."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + chunk
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
+
+
+def png_of(*chunks: bytes) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def header(width: int, height: int) -> bytes:
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+
+
+PIXELS = chunk(b"IDAT", zlib.compress(bytes(48 * (1 + 64 * 3))))
 
 
 def jpeg() -> bytes:
@@ -227,8 +242,17 @@ def jpeg() -> bytes:
         (image(png()[:60]), "damaged PNG"),
         (image(png()[:-20]), "damaged PNG"),
         (image(broken_png()), "damaged PNG"),
+        (image(png_of(header(64, 48))), "damaged PNG"),  # no pixels
+        (image(png_of(header(64, 48), chunk(b"iCCP", b"\0"), PIXELS)), "damaged PNG"),
+        (image(png_of(header(64, 48), header(60_000, 60_000), PIXELS)), "damaged PNG"),
+        (image(png_of(header(64, 48), header(32, 32), PIXELS)), "is 32x32 pixels after all"),
+        (image(guidance=math.nan), "guidance or times that are none"),
+        (image(timings_ms={"draw": math.inf}), "guidance or times that are none"),
         (image(png(32, 32)), "32x32 pixels and announced 64x48"),
-        (image(huge_png_header(), width=60_000, height=60_000), "at most 16777216 pixels"),
+        (
+            image(png_of(header(60_000, 60_000)), width=60_000, height=60_000),
+            "at most 16777216 pixels",
+        ),
         (image(seed=8), "seed 8 and not 64x48 with seed 7"),
         (pb.GenerateEvent(step=pb.Step(index=4, total=4)), "without a picture"),
         (pb.GenerateEvent(), "without a picture"),
@@ -373,6 +397,36 @@ def test_a_refusal_tells_when_to_come_back(
     ):
         draw(client)
     assert caught.value.retry_after_s == retry_after_s
+
+
+def test_a_queue_that_takes_longer_than_the_deadline_is_a_refusal() -> None:
+    def refuse(context: Any) -> Iterator[pb.GenerateEvent]:
+        context.set_trailing_metadata((("grpc-retry-pushback-ms", "4600"),))
+        context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the queue takes about 4.6 s")
+        yield image()
+
+    with (
+        scripted_server(refuse) as address,
+        CloudClient(address) as client,
+        pytest.raises(Refused, match="the queue takes about") as caught,
+    ):
+        draw(client)
+    assert (caught.value.retry_after_s, caught.value.maybe_drawn) == (4.6, False)
+
+
+def test_names_that_a_server_tells_are_fit_for_a_terminal() -> None:
+    answer = image(model="\x1b[31mm\nfake")
+    with scripted_server(events_of(answer)) as address, CloudClient(address) as client:
+        assert draw(client).model == " [31mm fake"
+
+
+def test_a_closed_client_says_so() -> None:
+    client = CloudClient("127.0.0.1:9")
+    client.close()
+    with pytest.raises(Unreachable, match="was closed") as caught:
+        draw(client)
+    assert not caught.value.maybe_drawn
+    assert not client.healthy()
 
 
 def test_a_full_queue_is_a_refusal_with_a_delay() -> None:
