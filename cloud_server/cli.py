@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
 
 from cloud_server import config
 from cloud_server.console import Device, one_sentence
-from cloud_server.errors import ModelError
+from cloud_server.errors import ConfigError, ModelError
 
 # Training imports torch; each command is found when it is called for, its summary stands here.
 _LAZY = {
@@ -78,7 +81,34 @@ def main(ctx: click.Context) -> None:
     if ctx.invoked_subcommand == "serve":
         known = [parameter.name for parameter in serve.params if parameter.name]
         with one_sentence():
-            ctx.default_map = {"serve": config.read_config(config.config_path(), known)}
+            file = config.config_path()
+            settings = config.read_config(file, known)
+            _check(file, settings)
+            ctx.default_map = {"serve": settings}
+
+
+def _check(file: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError, naming the file, for a value that the flag would not take."""
+    for parameter in serve.params:
+        if parameter.name in settings:
+            try:
+                parameter.type.convert(settings[parameter.name], parameter, None)
+            except click.BadParameter as error:
+                raise ConfigError(f"{file}, {parameter.name}: {error.message}") from error
+
+
+def _end_while_loading(code: int) -> None:
+    """End the process at once if its model is still loading; Python would wait for that."""
+    from cloud_server.studio import ENGINE_THREAD
+
+    for thread in threading.enumerate():
+        if thread.name.startswith(ENGINE_THREAD):
+            thread.join(1.0)
+            if thread.is_alive():
+                logging.getLogger(__name__).info("ended before the model was loaded")
+                logging.shutdown()
+                sys.stdout.flush()
+                os._exit(code)
 
 
 def _option(name: str, help_text: str, **settings: Any) -> Callable[[Any], Any]:
@@ -96,7 +126,7 @@ def _option(name: str, help_text: str, **settings: Any) -> Callable[[Any], Any]:
 @_option(
     "--grace",
     "Seconds that accepted pictures get on SIGTERM.",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(min=0, max=86_400),
     default=30.0,
 )
 @_option("--queue", "Pictures that may wait.", type=click.IntRange(min=0), default=8)
@@ -138,8 +168,9 @@ def serve(
                 click.echo,
             )
         )
-    if received is signal.SIGINT:
-        sys.exit(130)
+    code = 130 if received is signal.SIGINT else 0
+    _end_while_loading(code)
+    sys.exit(code)
 
 
 def _starter() -> str:

@@ -5,8 +5,10 @@ Torch and diffusers are imported when a model is loaded, so that everything arou
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
+_TELLING = 64  # values of a tensor
 _FOREIGN_STEPS = 20
 _FOREIGN_GUIDANCE = 7.5
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -28,7 +31,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a model is called, draws by default and accepts; sizes in pixels."""
+    """What a model is called, draws by default and accepts; sizes in pixels.
+
+    `digest` is another one where the weights are others, empty where that is not known.
+    """
 
     name: str
     width: int
@@ -40,6 +46,7 @@ class Card:
     size_multiple: int = 8
     max_steps: int = MAX_STEPS
     max_guidance: float = MAX_GUIDANCE
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +177,10 @@ class DiffusersEngine:
 
 def check_model(model: str) -> Path | str:
     """Return the folder or hub id that `model` means, raising ModelError early if it is neither."""
-    folder = Path(model).expanduser()
+    try:
+        folder = Path(model).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"there is no home for {model}; give the folder in full") from error
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise ModelError(
@@ -193,8 +203,12 @@ def load_pipeline(source: Path | str, dtype: torch.dtype) -> Any:
     guard()
     from diffusers import DiffusionPipeline  # imports one pipeline; the Auto classes, all of them
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
+    # Both would print the prompts that are longer than a text encoder reads.
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     local = isinstance(source, Path)
     options = {"torch_dtype": dtype, "local_files_only": local}
     try:
@@ -243,7 +257,21 @@ def card_of(pipeline: Any, source: Path | str) -> Card:
         min_size=min(longest, scale * 2 ** (levels - 1)),  # at least one value on the lowest level
         max_size=2 * longest,
         size_multiple=scale if scale % 8 == 0 else 8,
+        digest=_digest_of(pipeline),
     )
+
+
+def _digest_of(pipeline: Any) -> str:
+    """Return a digest of a pipeline's weights, by the first values of each tensor.
+
+    Reading gigabytes at every start would take longer than loading them; training changes all.
+    """
+    total = hashlib.sha256()
+    for name, part in sorted(pipeline.components.items()):
+        for key, value in sorted(getattr(part, "state_dict", dict)().items()):
+            first = value.flatten()[:_TELLING].float().cpu().numpy().tobytes()
+            total.update(f"{name}.{key} {tuple(value.shape)}\n".encode() + first)
+    return total.hexdigest()
 
 
 def own_defaults(source: Path | str) -> dict[str, float]:
@@ -260,8 +288,10 @@ def own_defaults(source: Path | str) -> dict[str, float]:
         value: Any = read.get(name) if isinstance(read, dict) else None
         whole = name != "guidance"
         number = isinstance(value, int) if whole else isinstance(value, int | float)
-        if not number or isinstance(value, bool) or value < whole:
+        most = {"steps": MAX_STEPS, "guidance": MAX_GUIDANCE}.get(name, math.inf)
+        if not number or isinstance(value, bool) or not whole <= value <= most:
             needed = "a whole number above 0" if whole else "a number from 0 on"
+            needed += "" if most == math.inf else f" and at most {most:g}"
             raise ModelError(f"{path} has {name} = {value!r}; it needs {needed} there")
         settings[name] = value
     return settings

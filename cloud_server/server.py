@@ -67,8 +67,8 @@ class CloudServer:
             port = self._server.add_insecure_port(str(self._address))
         except RuntimeError as error:
             raise ServerError(
-                f"cannot listen on {self._address}: is another server there?"
-                " Stop it or choose another --address"
+                f"cannot listen on {self._address}: another server has that port, or this machine"
+                " no such address; stop it or choose another --address"
             ) from error
         await self._server.start()
         return Address(self._address.host, port)
@@ -107,6 +107,9 @@ async def run(
     stop: asyncio.Future[signal.Signals] = loop.create_future()
 
     def on_signal(received: signal.Signals) -> None:
+        if stop.done():  # both came in one moment
+            signal.raise_signal(received)
+            return
         stop.set_result(received)
         for either in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(either)

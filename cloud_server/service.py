@@ -20,7 +20,7 @@ from protos.t2i.v1 import image_generation_pb2_grpc as pb_grpc
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name
 MAX_PROMPT_BYTES = 4096
-MAX_ID_CHARACTERS = 128
+MAX_ID_BYTES = 128
 MAX_SEED = 2**63 - 1
 PROGRESS_INTERVAL_S = 0.1
 
@@ -45,9 +45,8 @@ class ImageGenerationService(pb_grpc.ImageGenerationServicer):
             async for progress in job.follow(PROGRESS_INTERVAL_S):
                 await context.write(_event(progress))
             if job.finished.cancelled():
-                await self._abort_closed(
-                    context, "the server shut down before the picture was done"
-                )
+                told = "the server shut down before the picture was done"
+                await self._abort_closed(context, Closed(told))
             if (error := job.finished.exception()) is not None:
                 _log.error("%s failed: %s", job.request_id, error, exc_info=error)
                 known = isinstance(error, DrawError)
@@ -75,7 +74,7 @@ class ImageGenerationService(pb_grpc.ImageGenerationServicer):
         try:
             card = self._studio.card
         except Closed as error:
-            await self._abort_closed(context, str(error))
+            await self._abort_closed(context, error)
         model = pb.Model(
             name=card.name,
             default_width=card.width,
@@ -87,6 +86,7 @@ class ImageGenerationService(pb_grpc.ImageGenerationServicer):
             max_steps=card.max_steps,
             default_guidance=card.guidance,
             max_guidance=card.max_guidance,
+            digest=card.digest,
         )
         return pb.Capabilities(
             models=[model], max_prompt_bytes=MAX_PROMPT_BYTES, version=server_version()
@@ -127,7 +127,7 @@ class ImageGenerationService(pb_grpc.ImageGenerationServicer):
                 error.retry_after_s,
             )
         except Closed as error:
-            await self._abort_closed(context, str(error))
+            await self._abort_closed(context, error)
         raise AssertionError("abort returned")
 
     async def _abort_later(
@@ -137,10 +137,13 @@ class ImageGenerationService(pb_grpc.ImageGenerationServicer):
         await context.abort(code, details, (("grpc-retry-pushback-ms", pushback_ms),))
         raise AssertionError("abort returned")
 
-    async def _abort_closed(self, context: Any, details: str) -> NoReturn:
-        # -1: asking this server again is of no use to a caller who can draw at home meanwhile.
-        trailer = (("grpc-retry-pushback-ms", "-1"),)
-        await context.abort(grpc.StatusCode.UNAVAILABLE, details, trailer)
+    async def _abort_closed(self, context: Any, error: Closed) -> NoReturn:
+        unavailable = grpc.StatusCode.UNAVAILABLE
+        if error.retry_after_s is not None:
+            told = f"{error}; try again in about {error.retry_after_s:.0f} s"
+            await self._abort_later(context, unavailable, told, error.retry_after_s)
+        # -1: never; this server is going.
+        await context.abort(unavailable, str(error), (("grpc-retry-pushback-ms", "-1"),))
         raise AssertionError("abort returned")
 
 
@@ -150,7 +153,7 @@ def order_of(request: pb.GenerateRequest, card: Card) -> Order:
     if not request.prompt.strip():
         raise Invalid("prompt is empty; describe a picture")
     _check_text("negative_prompt", request.negative_prompt, MAX_PROMPT_BYTES)
-    _check_text("request_id", request.request_id, MAX_ID_CHARACTERS)
+    _check_text("request_id", request.request_id, MAX_ID_BYTES, spaces=" ")
     if request.format not in (pb.IMAGE_FORMAT_UNSPECIFIED, pb.IMAGE_FORMAT_PNG):
         raise Invalid(f"format is {request.format}; only IMAGE_FORMAT_PNG (1) is drawn")
     seed = request.seed if request.HasField("seed") else secrets.randbelow(MAX_SEED + 1)
@@ -176,12 +179,12 @@ def server_version() -> str:
         return "dev"
 
 
-def _check_text(name: str, text: str, limit_bytes: int) -> None:
+def _check_text(name: str, text: str, limit_bytes: int, spaces: str = "\t\n\r") -> None:
     size = len(text.encode("utf-8"))
     if size > limit_bytes:
         raise Invalid(f"{name} has {size} bytes; at most {limit_bytes} are read, shorten it")
     for place, character in enumerate(text):
-        if unicodedata.category(character) == "Cc" and character not in "\t\n\r":
+        if unicodedata.category(character) == "Cc" and character not in spaces:
             raise Invalid(
                 f"{name} holds the control character U+{ord(character):04X} at {place}; remove it"
             )

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from cloud_server.engine import Card, Engine, Order, Stopped
 
 _REMEMBERED = 32  # finished pictures kept for callers who ask again with the same id
+ENGINE_THREAD = "engine"
+LOADING_S = 2.0  # after which to ask again while the model loads
 _FIRST_GUESS_S = 1.0  # of one picture, before any was drawn
 
 
@@ -56,7 +58,11 @@ class Full(Exception):
 
 
 class Closed(Exception):
-    """The studio is not taking orders now; the message says why."""
+    """The studio is not taking orders; come back in `retry_after_s` seconds, where it says any."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class IdTaken(Exception):
@@ -104,7 +110,7 @@ class Studio:
     def __init__(self, load: Callable[[], Engine], *, queue_limit: int) -> None:
         self._load = load
         self._limit = queue_limit
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=ENGINE_THREAD)
         self._engine: Engine | None = None
         self._draining = False
         self._waiting: list[Job] = []
@@ -198,7 +204,7 @@ class Studio:
         if self._draining:
             raise Closed("the server is shutting down; draw elsewhere")
         if self._engine is None:
-            raise Closed("the server is still loading its model; try again in a few seconds")
+            raise Closed("the server is still loading its model", LOADING_S)
         return self._engine
 
     def _advance(self) -> None:

@@ -101,9 +101,9 @@ def run(starter: Path, share: float, seed: int) -> None:
 
 
 def ensure_bundle(starter: Path, bundle: Path) -> Path:
-    """Export the starter models to `bundle` unless that is newer than all of them."""
-    manifest = bundle / "bundle.json"
-    if manifest.is_file():
+    """Export the starter models to `bundle` unless it was made of them as they are now."""
+    manifest, source = bundle / "bundle.json", bundle.with_name("bundle-of.txt")
+    if manifest.is_file() and source.is_file() and source.read_text() == str(starter.resolve()):
         newest = max(file.stat().st_mtime for file in starter.rglob("*") if file.is_file())
         if newest < manifest.stat().st_mtime:
             return bundle
@@ -111,6 +111,7 @@ def ensure_bundle(starter: Path, bundle: Path) -> Path:
     command = [sys.executable, "-m", "export", "--starter", str(starter), "-o", str(bundle)]
     if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode:
         raise DemoError("the export of the starter models failed, as said above")
+    source.write_text(str(starter.resolve()))
     return bundle
 
 

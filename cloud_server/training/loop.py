@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,6 +18,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from cloud_server.errors import ConfigError, DataError
 
 CHECKPOINT_EVERY_S = 300.0
 SHOWN_EVERY = 20  # steps, whose mean is shown
@@ -98,6 +102,7 @@ def fit(
     hidden: Sequence[Tensor] = (),
     beside: Sequence[nn.Module | torch.optim.Optimizer] = (),
     on_checkpoint: Callable[[nn.Module], None] | None = None,
+    about: Mapping[str, int | str] = MappingProxyType({}),
 ) -> nn.Module:
     """Train `model` with AdamW, warm-up and cosine decay, and return it (its average if `ema`).
 
@@ -107,8 +112,10 @@ def fit(
     what an uninterrupted one would have seen. State lives in `work/<name>.pt`, replaced atomically,
     and what it shows is drawn over the steps in `work/<name>-losses.png`.
     What `loss_fn` itself trains `beside` the model is kept and resumed with it.
-    `on_checkpoint` gets the model whose weights would be shipped at that moment.
+    `on_checkpoint` gets the model whose weights would be shipped at that moment. `about` is what
+    else decides the outcome, such as the seed: a state with another raises ConfigError.
     """
+    about = dict(about)
     work.mkdir(parents=True, exist_ok=True)
     state_file = work / f"{name}.pt"
     model.to(device).train()
@@ -125,7 +132,12 @@ def fit(
     history: dict[str, list[float]] = {}
     recent: list[dict[str, float]] = []
     if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
+        state = _read_state(state_file, device)
+        if state.get("about", about) != about:
+            raise ConfigError(
+                f"{state_file} holds a training with {_told(state['about'])}, not with "
+                f"{_told(about)}; remove it, or name another folder with --work"
+            )
         model.load_state_dict(state["model"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
@@ -146,8 +158,9 @@ def fit(
             "history": history,
             "beside": [other.state_dict() for other in beside],
             "average": average.weights if average else None,
+            "about": about,
         }
-        partial = state_file.with_suffix(".partial")
+        partial = state_file.with_name(f"{state_file.name}.partial")
         torch.save(state, partial)
         os.replace(partial, state_file)
         if shown_at:
@@ -191,6 +204,19 @@ def fit(
     if average:
         average.copy_to(model)
     return model.eval()
+
+
+def _read_state(file: Path, device: str) -> dict[str, Any]:
+    try:
+        return dict(torch.load(file, map_location=device, weights_only=True))
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as err:
+        raise DataError(
+            f"the state of training in {file} is damaged; remove it to begin anew"
+        ) from err
+
+
+def _told(about: Mapping[str, int | str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in about.items()) or "none"
 
 
 def draw_losses(steps: Sequence[int], history: dict[str, list[float]], file: Path) -> None:

@@ -17,8 +17,10 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from cloud_server.training.weights import save_weights
 
 WEIGHTS, CONFIG = "predictor.safetensors", "config.json"
 
@@ -172,7 +174,7 @@ def save(model: AnyPredictor, folder: Path) -> None:
     weights = {
         name: weight.half().contiguous().cpu() for name, weight in model.state_dict().items()
     }
-    save_file(weights, folder / WEIGHTS)
+    save_weights(weights, folder / WEIGHTS)
     (folder / CONFIG).write_text(model.config.to_json(), encoding="utf-8")
 
 

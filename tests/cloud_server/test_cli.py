@@ -115,7 +115,8 @@ def test_wrong_usage_names_the_value_and_exits_with_2(
     [
         ("[serve\n", "cannot read"),
         ("colour = 'red'\n", "unknown 'colour'"),
-        ("queue = -4\n", "-4"),
+        ("queue = -4\n", "config.toml, queue: -4"),
+        ("device = 'tpu'\n", "config.toml, device: 'tpu' is none of"),
     ],
 )
 def test_a_wrong_config_file_is_named(text: str, told: str, served: list[ServeSettings]) -> None:
@@ -186,3 +187,25 @@ def test_serve_draws_with_a_diffusers_folder_until_sigterm(tmp_path: Path) -> No
         assert first.model == model.name == "tiny/cloud"
         running.process.terminate()
         assert running.process.wait(PATIENCE_S) == 0
+
+
+def test_told_to_end_while_the_model_loads_it_does(model: Path) -> None:
+    program = """
+import sys, threading, time
+from cloud_server import cli, engine
+def load(*_, **__):
+    time.sleep(3600)
+engine.DiffusersEngine.load = load
+cli.main()
+"""
+    command = [sys.executable, "-c", program, "serve", "--model", str(model)]
+    with subprocess.Popen(
+        [*command, "--address", "127.0.0.1:0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("listening on")
+        process.terminate()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "ended before the model was loaded" in err

@@ -12,6 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 from cloud_server.engine import DiffusersEngine, Order, Stopped, check_model  # noqa: E402
 from cloud_server.errors import DrawError, ModelError  # noqa: E402
 from edge_agent.cloud.client import CloudClient  # noqa: E402
@@ -99,6 +101,7 @@ def test_a_prompt_longer_than_the_model_reads_is_drawn(
     engine: DiffusersEngine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert draw(engine, replace(ORDER, prompt="a cat " * 600))
+    assert capfd.readouterr() == ("", "")  # no log has what somebody asked for
 
 
 def test_what_the_network_cannot_do_is_one_sentence(
@@ -198,3 +201,14 @@ def test_a_client_that_leaves_stops_the_model_within_a_step(client: CloudClient)
     # The one worker is free again long before 200 steps.
     picture = client.generate(Request("a cat"), request_id="", seed=1)
     assert picture.timings_ms["queue"] < picture.timings_ms["total"]
+
+
+def test_other_weights_under_the_same_name_have_another_digest(
+    engine: DiffusersEngine, folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "models" / "cloud")
+    assert DiffusersEngine.load(str(copy), device="cpu").card.digest == engine.card.digest
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = {name: value * 1.01 for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    assert DiffusersEngine.load(str(copy), device="cpu").card.digest != engine.card.digest

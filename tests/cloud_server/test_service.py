@@ -101,6 +101,7 @@ BAD_FIELDS = [
     ({"prompt": "a\x1b[31mb"}, r"U\+001B at 1"),
     ({"negative_prompt": "x\x07"}, r"negative_prompt holds the control character U\+0007"),
     ({"request_id": "x" * 129}, "request_id has 129 bytes"),
+    ({"request_id": "x\nERROR forged"}, r"request_id holds the control character U\+000A at 1"),
     ({"seed": 2**63}, "seed is 9223372036854775808"),
     ({"width": 65}, "width is 65; it must be a multiple of 8"),
     ({"width": 8}, "width is 8; it must lie between 16 and 256"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,32 @@ def test_a_bundle_newer_than_its_models_is_kept(tmp_path: Path) -> None:
         file.parent.mkdir(parents=True)
         file.touch()
     os.utime(starter / "edge" / "weights", (1, 1))
+    (tmp_path / "bundle-of.txt").write_text(str(starter))
     assert ensure_bundle(starter, bundle) == bundle
+
+
+def test_a_bundle_of_other_models_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However new it is; the export itself, which takes a minute, is seen elsewhere."""
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    starters = [tmp_path / name for name in ("one", "other", "other")]
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "bundle.json").touch()
+    for starter in starters:
+        (starter / "edge").mkdir(parents=True, exist_ok=True)
+        (starter / "edge" / "weights").touch()
+        os.utime(starter / "edge" / "weights", (1, 1))
+        ensure_bundle(starter, tmp_path / "bundle")
+    assert [command[command.index("--starter") + 1] for command in asked] == [
+        str(starters[0]), str(starters[1]),
+    ]  # fmt: skip
 
 
 def test_the_loudest_metrics_are_those_on_the_side_chosen() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -21,6 +21,7 @@ from cloud_server.torchvision_guard import guard
 from cloud_server.training.iciia.samples import Samples
 from cloud_server.training.loop import Budget, fit
 from cloud_server.training.precision import autocast
+from cloud_server.training.weights import save_weights
 
 guard()
 import timm  # noqa: E402  the guard must come first
@@ -87,7 +88,7 @@ class Backbone(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_config_for_hf(self.network, str(folder / "config.json"))
         half = {k: v.half() if v.is_floating_point() else v for k, v in _weights(self).items()}
-        save_file(half, folder / WEIGHTS)
+        save_weights(half, folder / WEIGHTS)
 
     @property
     def digest(self) -> str:

@@ -10,13 +10,14 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cloud_server.errors import ConfigError, ModelError
 from cloud_server.training.iciia.backbone import Backbone, open_backbone
 from cloud_server.training.iciia.learn import SEQUENCE
 from cloud_server.training.iciia.module import Iciia, IciiaConfig
+from cloud_server.training.weights import save_weights
 
 CONFIG = "recognizer.json"
 WEIGHTS = "iciia.safetensors"
@@ -42,7 +43,8 @@ class Recognizer:
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.save(folder / BACKBONE)
         weights = self.iciia.state_dict().items()
-        save_file({k: v.detach().cpu().half().contiguous() for k, v in weights}, folder / WEIGHTS)
+        halved = {k: v.detach().cpu().half().contiguous() for k, v in weights}
+        save_weights(halved, folder / WEIGHTS)
         config = {
             "iciia": asdict(self.iciia.config),
             "history": self.history,

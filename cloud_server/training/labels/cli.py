@@ -151,6 +151,8 @@ def label_command(
             if cloud_address
             else PipelinePainter(cloud or _starter("cloud"), where)
         )
+        if isinstance(second, RemotePainter):
+            second.check(prompts)  # before the edge draws for hours
         if pictures:
             first, second = KeptPainter(first, pictures), KeptPainter(second, pictures)
         spread = here if workers == 1 else in_processes(workers, threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,14 +58,14 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _column(text: str, delimiter: str, path: Path) -> list[str]:
-    rows = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
-    names = rows.fieldnames or ()
-    if "prompt" not in names:
-        raise DataError(
-            f"{path} has no column 'prompt', only {', '.join(map(repr, names)) or 'nothing'}; "
-            "name the column of the prompts so"
-        )
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
+        names = rows.fieldnames or ()
+        if "prompt" not in names:
+            raise DataError(
+                f"{path} has no column 'prompt', only {', '.join(map(repr, names)) or 'nothing'}; "
+                "name the column of the prompts so"
+            )
         return [row["prompt"] or "" for row in rows]
     except csv.Error as error:
         raise DataError(f"{path} is damaged at line {rows.line_num}: {error}") from error

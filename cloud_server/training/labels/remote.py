@@ -7,11 +7,12 @@ import io
 import itertools
 import json
 import logging
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from textwrap import shorten
+from typing import Any, TypeVar
 
 import grpc
 from PIL import Image
@@ -36,6 +37,7 @@ _OPTIONS = (
 )
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class RemotePainter:
@@ -50,13 +52,16 @@ class RemotePainter:
         address: str,
         *,
         patience_s: float = PATIENCE_S,
-        sleep: Callable[[float], None] = time.sleep,
+        wait: Callable[[float], object] | None = None,
     ) -> None:
         try:
-            self.address = str(parse_address(address))
+            parsed = parse_address(address)
         except ValueError as error:
             raise ConfigError(f"cloud {error}") from error
-        self._patience_s, self._sleep = patience_s, sleep
+        self.address, self._loopback = str(parsed), parsed.loopback
+        self._patience_s = patience_s
+        self._given_up = threading.Event()
+        self._wait = wait or self._given_up.wait
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.address,)
@@ -74,29 +79,47 @@ class RemotePainter:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over name, defaults and the server's version."""
-        facts = [self.name, dict(self.settings), self._capabilities.version]
+        """SHA-256 over the model's own digest, its name and defaults, and the server's version."""
+        facts = [self.name, dict(self.settings), self._capabilities.version, self._model.digest]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def _stub(self) -> pb_grpc.ImageGenerationStub:
-        return pb_grpc.ImageGenerationStub(grpc.insecure_channel(self.address, options=_OPTIONS))
+        proxy = ("grpc.enable_http_proxy", 0 if self._loopback else 1)
+        channel = grpc.insecure_channel(self.address, options=[*_OPTIONS, proxy])
+        return pb_grpc.ImageGenerationStub(channel)
 
     @cached_property
     def _capabilities(self) -> pb.Capabilities:
-        try:
-            return self._stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=ANSWER_S)
-        except grpc.RpcError as error:
-            raise self._error(error) from error
+        request = pb.GetCapabilitiesRequest()
+        return self._patiently(lambda: self._stub.GetCapabilities(request, timeout=ANSWER_S))
 
     @property
     def _model(self) -> pb.Model:
         return self._capabilities.models[0]
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise DrawError where nobody is at the address, or a prompt is longer than it reads."""
+        limit = self._capabilities.max_prompt_bytes
+        for prompt in prompts:
+            if limit and len(prompt.encode()) > limit:
+                raise DrawError(
+                    f"the cloud at {self.address} reads {limit} bytes of a prompt, and "
+                    f"'{shorten(prompt, 40, placeholder=' ...')}' has {len(prompt.encode())}; "
+                    "shorten it"
+                )
+
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Return a picture per prompt; several are asked for at once."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(self._draw, prompts, seeds))
+            try:
+                return list(pool.map(self._draw, prompts, seeds))
+            except BaseException:  # such as Ctrl-C, which no thread hears but the main one
+                self._given_up.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+            finally:
+                self._given_up.clear()
 
     def _draw(self, prompt: str, seed: int) -> Image.Image:
         # Asked again with the same id, the server does not draw twice.
@@ -111,18 +134,24 @@ class RemotePainter:
             guidance=self.settings["guidance"],
             format=pb.IMAGE_FORMAT_PNG,
         )
+        return self._patiently(lambda: self._answer(request))
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """Ask until there is an answer, or nobody to wait for it."""
         waited_s = 0.0
         for attempt in itertools.count():
             try:
-                return self._answer(request)
+                return ask()
             except grpc.RpcError as error:
                 wait_s = _wait_s(error, attempt)
                 if wait_s is None or waited_s + wait_s > self._patience_s:
                     raise self._error(error) from error
             if attempt == 0:
-                _log.warning("the cloud at %s is busy or gone; waiting for it", self.address)
+                told = "the cloud at %s is busy or gone; waiting for it, %.0f s at most"
+                _log.warning(told, self.address, self._patience_s)
             waited_s += wait_s
-            self._sleep(wait_s)
+            if self._wait(wait_s):
+                raise DrawError(f"the cloud at {self.address} was not waited for any longer")
         raise AssertionError("counting never ends")
 
     def _answer(self, request: pb.GenerateRequest) -> Image.Image:
@@ -140,9 +169,11 @@ class RemotePainter:
 
     def _error(self, error: grpc.RpcError) -> DrawError:
         said = error.details() or error.code().name
+        cure = "what is labelled is kept, so run the same command again once it does"
+        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+            cure = "correct what it names; what is labelled is kept"
         return DrawError(
-            f"the cloud at {self.address} draws no picture ({error.code().name}: {said}); "
-            "what is labelled is kept, so run the same command again once it does"
+            f"the cloud at {self.address} draws no picture ({error.code().name}: {said}); {cure}"
         )
 
 

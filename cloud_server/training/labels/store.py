@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -57,7 +58,8 @@ class Store:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._lines.close()
+        with suppress(OSError):  # of a line that could not be written, which was said
+            self._lines.close()
 
     def add(self, keys: Sequence[Key], scores: Sequence[Sequence[float]]) -> None:
         """Keep the scores of some pictures, for good when this returns."""
@@ -65,9 +67,15 @@ class Store:
         self.scores.update(zip(keys, map(list, scores), strict=True))
 
     def _write(self, line: str) -> None:
-        self._lines.write(line + "\n")
-        self._lines.flush()
-        os.fsync(self._lines.fileno())
+        try:
+            self._lines.write(line + "\n")
+            self._lines.flush()
+            os.fsync(self._lines.fileno())
+        except OSError as error:
+            raise ServerError(
+                f"{self.file} cannot be written ({error.strerror}); make room and run the same "
+                "command again, or choose another --work"
+            ) from error
 
     def _resume(self) -> None:
         """Read what is there, cutting off a half-written line."""

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import click
 
-from cloud_server.console import debug_option, device_option, one_sentence, threads_option
+from cloud_server.console import (
+    check_writable,
+    debug_option,
+    device_option,
+    one_sentence,
+    threads_option,
+)
+from cloud_server.errors import ServerError
 from cloud_server.training.loop import Budget
 
 # On two idle cores; one run of exactly this was not seen, see models/starter/CARD.md.
@@ -89,20 +98,34 @@ def train_starter(
             )
         if start:
             _check_start(start, stages)
-        work.mkdir(parents=True, exist_ok=True)
-        for stage in STAGES:
-            if stages and stage not in stages:
-                continue
-            default = None if steps else DEFAULT_MINUTES.get(stage, 1.0)
-            budget = Budget(steps=steps, minutes=minutes or default)
-            _check_earlier_stages(stage, out, work, start)
-            click.echo(f"{stage}: on {chosen}, seed {seed}", err=True)
-            run_stage(stage, out, work, eyes, start, budget, seed, chosen)
+        with _alone_in(work):
+            for stage in STAGES:
+                if stages and stage not in stages:
+                    continue
+                default = None if steps else DEFAULT_MINUTES.get(stage, 1.0)
+                budget = Budget(steps=steps, minutes=minutes or default)
+                _check_earlier_stages(stage, out, work, start)
+                click.echo(f"{stage}: on {chosen}, seed {seed}", err=True)
+                run_stage(stage, out, work, eyes, start, budget, seed, chosen)
+
+
+@contextmanager
+def _alone_in(work: Path) -> Iterator[None]:
+    """Hold the folder of states; raises ServerError where another training has it."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ServerError(
+                f"another training is writing in {work}; wait for it or choose another --work"
+            ) from error
+        yield
 
 
 def _check_start(start: Path, stages: tuple[str, ...]) -> None:
     if stages not in (("cloud",), ("edge",)):
-        raise click.ClickException(
+        raise click.UsageError(
             f"--start is for one stage, cloud or edge, not for {', '.join(stages) or 'all'}; "
             "name that stage alone"
         )
@@ -112,6 +135,15 @@ def _check_start(start: Path, stages: tuple[str, ...]) -> None:
                 f"--start {start} holds no {part}/config.json; name a model's folder, such as "
                 f"models/starter/{stages[0]}"
             )
+    from cloud_server.training.starter.diffusion import SIZES
+
+    unet = json.loads((start / "unet" / "config.json").read_text(encoding="utf-8"))
+    widths, wanted = tuple(unet.get("block_out_channels", ())), SIZES[stages[0]].channels
+    if widths != wanted:
+        raise click.UsageError(
+            f"--start {start} is a UNet of {widths} channels, not one of {wanted} as stage "
+            f"{stages[0]} trains; name a model of its kind"
+        )
 
 
 def _check_earlier_stages(stage: str, out: Path, work: Path, start: Path | None) -> None:
@@ -209,7 +241,7 @@ def run_stage(
 @click.option(
     "--json",
     "json_file",
-    type=click.File("w", encoding="utf-8", lazy=True),
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     help="Write the numbers as JSON to a file, or to - for stdout, instead of tables.",
 )
 @click.option(
@@ -226,7 +258,7 @@ def evaluate_starter(
     device: str,
     pictures: int,
     compared: int,
-    json_file: TextIO | None,
+    json_file: Path | None,
     card_file: Path | None,
     debug: bool,
 ) -> None:
@@ -241,17 +273,26 @@ def evaluate_starter(
             f"cloud-server evaluate-starter --models {models} --judge {judge} --seed {seed} "
             f"--device {chosen} --pictures {pictures} --compared {compared}"
         )
-        if card_file and not has_place(card_file.read_text(encoding="utf-8")):
+        check_writable(*(file.parent for file in (json_file, card_file) if file))
+        if card_file and not has_place(_text_of(card_file)):
             raise click.ClickException(
                 f"{card_file} has no place for the numbers; add the lines {' and '.join(MARKERS)}"
             )
         report = {"command": command, **evaluate(models, judge, seed, chosen, pictures, compared)}
     numbers = card(report)
-    if json_file:
-        json.dump(report, json_file, indent=1, allow_nan=False)
-        json_file.write("\n")
-    else:
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    if json_file is None:
         click.echo(numbers)
+    elif str(json_file) == "-":
+        click.echo(text, nl=False)
+    else:
+        json_file.write_text(text, encoding="utf-8")
     if card_file:  # as it is now: somebody may have written in it meanwhile
-        text = card_file.read_text(encoding="utf-8")
-        card_file.write_text(rewrite(text, numbers), encoding="utf-8")
+        card_file.write_text(rewrite(_text_of(card_file), numbers), encoding="utf-8")
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise click.ClickException(f"{file} is not UTF-8 ({error}); convert it") from error

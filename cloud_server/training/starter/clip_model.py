@@ -11,10 +11,10 @@ from torch import Tensor
 
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.starter.tokenizer import CONTEXT_LENGTH
+from cloud_server.training.weights import save_weights
 
 guard()
 import open_clip  # noqa: E402  the guard must come first
-from safetensors.torch import save_file  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 Config = dict[str, Any]  # open_clip's own description of a model
@@ -94,7 +94,7 @@ def save_clip(model: open_clip.CLIP, config: Config, out: Path) -> None:
     (out / "open_clip_config.json").write_text(json.dumps(described, indent=1) + "\n")
     weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "attn_mask"}
     partial = out / "open_clip_model.partial"
-    save_file(weights, partial)
+    save_weights(weights, partial)
     partial.replace(out / "open_clip_model.safetensors")
 
 

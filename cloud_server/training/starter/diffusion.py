@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cloud_server.torchvision_guard import guard
+from cloud_server.training.digest import folder_digest
 from cloud_server.training.loop import Budget, Prefetch, fit
 from cloud_server.training.precision import autocast
 from cloud_server.training.starter.autoencoder import LATENT_CHANNELS, save_grid, to_tensor
 from cloud_server.training.starter.clip_model import to_transformers
 from cloud_server.training.starter.scenes import batch_at, sample_scene
 from cloud_server.training.starter.tokenizer import encode
+from cloud_server.training.weights import save_weights
 
 guard()
 from diffusers import (  # noqa: E402  the guard must come first
@@ -220,6 +222,7 @@ def train_diffusion(
         ema=EMA[kind],
         hidden=hidden_weights(unet),
         on_checkpoint=save,
+        about={"seed": seed, "start": folder_digest(start / "unet")[:12] if start else "none"},
     )
 
 
@@ -402,12 +405,12 @@ def _forget_origin(config: Path) -> None:
 
 
 def _halve_weights(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     for file in folder.rglob("*.safetensors"):
         tensors = load_file(file)
         halved = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-        save_file(halved, file, metadata={"format": "pt"})
+        save_weights(halved, file, metadata={"format": "pt"})
 
 
 @torch.inference_mode()

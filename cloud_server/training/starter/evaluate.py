@@ -118,7 +118,11 @@ def evaluate(
 
 def through(vae: Path, pictures: Pixels, device: str) -> Pixels:
     """Return pictures (B, H, W, 3) encoded and decoded by the autoencoder in a folder."""
-    model = AutoencoderTiny.from_pretrained(vae, torch_dtype=torch.float32).to(device).eval()
+    model = (
+        AutoencoderTiny.from_pretrained(vae, torch_dtype=torch.float32, local_files_only=True)
+        .to(device)
+        .eval()
+    )
     results = []
     with torch.inference_mode():
         for batch in _batches(pictures, "autoencoder"):

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cloud_server.errors import ModelError
@@ -37,6 +38,7 @@ from cloud_server.training.starter.scenes import (
     draw,
     sample_scene,
 )
+from cloud_server.training.weights import save_weights
 
 BATCH = {"cpu": 64, "cuda": 256}
 FRESH = 256  # scenes that a checkpoint is measured on
@@ -242,10 +244,23 @@ class Judge:
             raise ModelError(
                 f"there is no judge in '{folder}'; train one with cloud-server train-starter judge"
             )
-        names = {k: tuple(v) for k, v in json.loads(config.read_text(encoding="utf-8")).items()}
-        vocabulary = Vocabulary(**names)
-        detector = Detector(vocabulary)
-        detector.load_state_dict(load_file(folder / "judge.safetensors"))
+        try:
+            names = {k: tuple(v) for k, v in json.loads(config.read_text(encoding="utf-8")).items()}
+            vocabulary = Vocabulary(**names)
+            detector = Detector(vocabulary)
+            detector.load_state_dict(load_file(folder / "judge.safetensors"))
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            SafetensorError,
+        ) as err:
+            raise ModelError(
+                f"the judge in '{folder}' is damaged ({str(err).splitlines()[0]}); train it again "
+                "with cloud-server train-starter judge"
+            ) from err
         return cls(detector, vocabulary, device)
 
     def save(self, folder: Path) -> None:
@@ -257,7 +272,7 @@ class Judge:
             name: (value.half() if value.is_floating_point() else value).contiguous().cpu()
             for name, value in self._detector.state_dict().items()
         }
-        save_file(weights, partial / "judge.safetensors")
+        save_weights(weights, partial / "judge.safetensors")
         v = self.vocabulary
         names = {"nouns": v.nouns, "colours": v.colours, "places": v.places}
         (partial / "config.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")

@@ -104,7 +104,7 @@ class Capabilities(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., max_prompt_bytes: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "default_width", "default_height", "min_size", "max_size", "size_multiple", "default_steps", "max_steps", "default_guidance", "max_guidance")
+    __slots__ = ("name", "default_width", "default_height", "min_size", "max_size", "size_multiple", "default_steps", "max_steps", "default_guidance", "max_guidance", "digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_WIDTH_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,7 @@ class Model(_message.Message):
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     MAX_GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     default_width: int
     default_height: int
@@ -125,4 +126,5 @@ class Model(_message.Message):
     max_steps: int
     default_guidance: float
     max_guidance: float
-    def __init__(self, name: _Optional[str] = ..., default_width: _Optional[int] = ..., default_height: _Optional[int] = ..., min_size: _Optional[int] = ..., max_size: _Optional[int] = ..., size_multiple: _Optional[int] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., default_guidance: _Optional[float] = ..., max_guidance: _Optional[float] = ...) -> None: ...
+    digest: str
+    def __init__(self, name: _Optional[str] = ..., default_width: _Optional[int] = ..., default_height: _Optional[int] = ..., min_size: _Optional[int] = ..., max_size: _Optional[int] = ..., size_multiple: _Optional[int] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., default_guidance: _Optional[float] = ..., max_guidance: _Optional[float] = ..., digest: _Optional[str] = ...) -> None: ...

@@ -50,14 +50,15 @@ class ImageGenerationServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Draws one picture. The stream is `queued` once or more, `step` any number of times (newest only,
-        some are skipped), then exactly one `image`. Leaving the stream stops the work within a step.
+        """Draws one picture. The stream is `queued` and `step` any number of times (newest only, some are
+        skipped; neither where the picture is there already), then exactly one `image`. Leaving the
+        stream stops the work within a step.
 
         INVALID_ARGUMENT    a field is wrong; the message names it
         ALREADY_EXISTS      this request_id was used for another request
         RESOURCE_EXHAUSTED  the queue is full; trailer `grpc-retry-pushback-ms` says when to come back
         DEADLINE_EXCEEDED   the queue alone takes longer than the caller will wait; same trailer
-        UNAVAILABLE         the server is loading its model or shutting down
+        UNAVAILABLE         the server is loading its model, same trailer, or shutting down, trailer -1
         INTERNAL            the model failed
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

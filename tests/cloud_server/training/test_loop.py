@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from cloud_server.errors import ConfigError, DataError
 from cloud_server.training.loop import Budget, KernelMuon, Prefetch, fit
 
 
@@ -162,3 +163,30 @@ def test_losses_of_all_steps_are_drawn_also_those_before_a_kill(tmp_path, monkey
     with Image.open(tmp_path / "line-losses.png") as plot:
         assert plot.format == "PNG"
         assert len(set(plot.convert("L").tobytes())) > 10  # a drawn line, not an empty sheet
+
+
+def test_a_state_of_another_training_is_refused(tmp_path):
+    model, loss_fn = _task()
+    _fit(model, loss_fn, tmp_path, 3, about={"seed": 0, "start": "abc"})
+    kept = (tmp_path / "line.pt").read_bytes()
+    told = "holds a training with seed 0, start abc, not with seed 5, start none; remove it"
+    with pytest.raises(ConfigError, match=told):
+        _fit(model, loss_fn, tmp_path, 6, about={"seed": 5, "start": "none"})
+    assert (tmp_path / "line.pt").read_bytes() == kept
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    model, loss_fn = _task()
+    _fit(model, loss_fn, tmp_path, 3)
+    whole = (tmp_path / "line.pt").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"no state"):
+        (tmp_path / "line.pt").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"training in .*line\.pt is damaged; remove it"):
+            _fit(model, loss_fn, tmp_path, 6)
+
+
+def test_a_model_folder_that_a_kill_left_unfinished_is_in_nobodys_way(tmp_path):
+    (tmp_path / "line.partial").mkdir()
+    model, loss_fn = _task()
+    _fit(model, loss_fn, tmp_path, 3)
+    assert (tmp_path / "line.pt").is_file()

@@ -25,7 +25,7 @@ from cloud_server.training.starter import (
     router,
     scenes,
 )
-from cloud_server.training.starter.cli import train_starter
+from cloud_server.training.starter.cli import _alone_in, train_starter
 from edge_agent import EdgeAgent, Request, open_bundle
 
 guard()
@@ -151,13 +151,31 @@ def test_a_stage_without_the_one_before_it_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stages", "said"),
-    [(["cloud"], "holds no unet/config.json"), ([], "one stage"), (["clip"], "not for clip")],
+    ("stages", "code", "said"),
+    [
+        (["cloud"], 1, "holds no unet/config.json"),
+        ([], 2, "one stage"),
+        (["clip"], 2, "not for clip"),
+    ],
 )
-def test_a_start_that_cannot_be_is_refused(tmp_path, stages, said):
+def test_a_start_that_cannot_be_is_refused(tmp_path, stages, code, said):
     run = CliRunner().invoke(train_starter, [*stages, "--start", str(tmp_path)])
-    assert run.exit_code == 1
+    assert run.exit_code == code
     assert said in run.output
+
+
+def test_a_start_of_the_other_kind_is_refused(tmp_path):
+    start = ["--start", str(starter_folder() / "cloud"), "--work", str(tmp_path / "work")]
+    run = CliRunner().invoke(train_starter, ["edge", *start, "-o", str(tmp_path / "out")])
+    assert run.exit_code == 2
+    assert "is a UNet of (144, 288) channels, not one of (72, 144)" in run.output
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    with _alone_in(tmp_path / "work"):
+        run = CliRunner().invoke(train_starter, ["scenes", "--work", str(tmp_path / "work")])
+    assert run.exit_code == 1
+    assert "another training is writing in" in run.output
 
 
 def test_the_decoder_needs_a_backbone_to_see_with(tmp_path):

@@ -248,7 +248,7 @@ def test_without_ray_one_sentence_says_how_to_get_it(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "ray.data", None)
-    with pytest.raises(ServerError, match=r"pip install .*routet2i-edge\[cloud,ray\]"):
+    with pytest.raises(ServerError, match=r"pip install .*'\.\[cloud,ray\]'"):
         on_ray(2)
 
 
@@ -300,3 +300,51 @@ def test_a_work_is_light_until_it_is_done(models):
     )
     before = len(pickle.dumps(work))
     assert before < 10_000
+
+
+class Waiting(PlainPainter):
+    """Leaves its process's number in the folder it is named by, and then waits."""
+
+    def draw(self, prompts, seeds):
+        (Path(self.name) / str(os.getpid())).touch()
+        while True:
+            signal.pause()
+
+
+def lives(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc to look into")
+def test_workers_end_with_the_run_that_was_killed(tmp_path):
+    program = (
+        "from pathlib import Path\n"
+        "from tests.cloud_server.training.labels.test_label import ColourScorer, Waiting\n"
+        "from cloud_server.training.labels.work import Work, in_processes\n"
+        "if __name__ == '__main__':\n"
+        f"    work = Work(Waiting({str(tmp_path)!r}), ColourScorer(), ('a cat',))\n"
+        "    list(in_processes(2)(work, [((0, 0),), ((0, 1),)]))\n"
+    )
+    (tmp_path / "main.py").write_text(program)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
+    with subprocess.Popen([sys.executable, tmp_path / "main.py"], env=env) as process:
+        until(lambda: len([f for f in tmp_path.iterdir() if f.name.isdigit()]) == 2)
+        process.kill()
+    workers = [f.name for f in tmp_path.iterdir() if f.name.isdigit()]
+    until(lambda: not any(map(lives, workers)))
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_labelled_stays(tmp_path, monkeypatch):
+    run(tmp_path, PlainPainter("edge"), prompts=PROMPTS[:1])
+    store = store_of(tmp_path, "edge")
+    kept = store.read_bytes()
+
+    def full(_file):
+        raise OSError(28, "No space left on device")
+
+    with Store(tmp_path, json.loads(kept.splitlines()[0])) as opened:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(ServerError, match=r"cannot be written \(No space left on device\)"):
+            opened.add([(9, 9)], [[0.5, 0.5]])
+    assert store.read_bytes().startswith(kept)

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import threading
 from concurrent import futures
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -129,7 +130,7 @@ def test_a_full_queue_is_waited_for_as_long_as_the_server_says():
         threading.Event().wait(0.05)
 
     with running_server(engine, queue_limit=0) as server:
-        pictures = RemotePainter(server.address, sleep=sleep).draw(["a", "bb", "ccc"], [1, 2, 3])
+        pictures = RemotePainter(server.address, wait=sleep).draw(["a", "bb", "ccc"], [1, 2, 3])
     assert len(pictures) == 3
     assert waits
     assert set(waits) <= {wait for wait in waits if 0.01 <= wait <= 2.0}
@@ -138,7 +139,7 @@ def test_a_full_queue_is_waited_for_as_long_as_the_server_says():
 
 def test_patience_with_a_server_that_is_gone_ends_in_one_sentence():
     waits: list[float] = []
-    painter = RemotePainter(f"127.0.0.1:{free_port()}", patience_s=10.0, sleep=waits.append)
+    painter = RemotePainter(f"127.0.0.1:{free_port()}", patience_s=10.0, wait=waits.append)
     painter.__dict__["_capabilities"] = pb.Capabilities(
         models=[pb.Model(name="m", default_width=64, default_height=64, default_steps=1)]
     )
@@ -158,7 +159,7 @@ def test_a_server_that_was_killed_and_comes_back_is_asked_again():
         gone.set()
         assert back.wait(PATIENCE_S)
 
-    painter._sleep = sleep
+    painter._wait = sleep
     with futures.ThreadPoolExecutor(1) as pool:
         drawing = pool.submit(painter.draw, ["a cat"], [3])
         assert gone.wait(PATIENCE_S)
@@ -172,7 +173,7 @@ def test_a_server_that_was_killed_and_comes_back_is_asked_again():
 def test_a_server_that_says_never_is_not_asked_again():
     waits: list[float] = []
     with running_server(HeldEngine(held=False)) as server:
-        painter = RemotePainter(server.address, sleep=waits.append)
+        painter = RemotePainter(server.address, wait=waits.append)
         assert painter.name == "held/model"
         server.studio._draining = True
         with pytest.raises(DrawError, match="shutting down"):
@@ -215,6 +216,68 @@ def test_an_answer_that_is_no_picture_is_one_sentence(events, told):
 def test_an_address_that_is_none_and_one_where_nobody_is_are_one_sentence():
     with pytest.raises(ConfigError, match="'nonsense' is not HOST:PORT"):
         RemotePainter("nonsense")
-    nobody = RemotePainter(f"127.0.0.1:{free_port()}")
+    nobody = RemotePainter(f"127.0.0.1:{free_port()}", patience_s=0.0)
     with pytest.raises(DrawError, match="draws no picture"):
         nobody.digest  # noqa: B018  asking is the point
+
+
+def test_a_server_that_is_loading_is_waited_for():
+    loaded, waits = threading.Event(), []
+
+    def load():
+        assert loaded.wait(PATIENCE_S)
+        return HeldEngine(held=False)
+
+    def wait(seconds):
+        waits.append(seconds)
+        loaded.set()
+        threading.Event().wait(0.05)
+
+    with running_server(load) as server:
+        painter = RemotePainter(server.address, wait=wait)
+        assert painter.name == "held/model"
+        (picture,) = painter.draw(["a cat"], [3])
+    assert picture.size == (64, 48)
+    assert waits[0] == 2.0
+
+
+def test_a_prompt_that_the_cloud_does_not_read_is_said_before_anything_is_drawn():
+    engine = HeldEngine(held=False)
+    with running_server(engine) as server:
+        painter = RemotePainter(server.address)
+        painter.check(["a cat"])
+        with pytest.raises(DrawError, match=r"reads 4096 bytes of a prompt, and .* has 6005"):
+            painter.check(["a cat", "a big" + " dog" * 1500])
+    assert engine.orders == []
+
+
+def test_other_weights_of_one_name_are_another_model():
+    digests = set()
+    for digest in ("one", "two", "two"):
+        engine = HeldEngine(held=False)
+        engine.card = replace(engine.card, digest=digest)
+        with running_server(engine) as server:
+            digests.add(RemotePainter(server.address).digest)
+    assert len(digests) == 2
+
+
+def test_giving_up_ends_the_waiting_of_all():
+    """What Ctrl-C does: the main thread leaves, and the others have to hear of it."""
+    waiting = threading.Event()
+    painter = RemotePainter(f"127.0.0.1:{free_port()}", patience_s=1e6)
+    painter.__dict__["_capabilities"] = pb.Capabilities(
+        models=[pb.Model(name="m", default_width=64, default_height=64, default_steps=1)]
+    )
+    real = painter._given_up.wait
+
+    def wait(seconds):
+        waiting.set()
+        return real(1e6)
+
+    painter._wait = wait
+    with futures.ThreadPoolExecutor(1) as pool:
+        drawing = pool.submit(painter.draw, ["a cat", "a dog"], [1, 2])
+        assert waiting.wait(PATIENCE_S)
+        painter._given_up.set()
+        with pytest.raises(DrawError, match="not waited for any longer"):
+            drawing.result(PATIENCE_S)

@@ -56,3 +56,14 @@ def test_bad_files_of_prompts_are_one_sentence(tmp_path, name, text, told):
 def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
     with pytest.raises(DataError, match="cannot read the prompts"):
         read_prompts(tmp_path / "none.txt")
+
+
+def test_only_the_end_of_a_line_ends_a_prompt(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt\na dog\u2028on grass\na cow\x0cx\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.csv") == ["a dog\u2028on grass", "a cow\x0cx"]
+
+
+def test_a_head_line_that_is_too_long_is_one_sentence(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt," + "x" * 200_000 + "\na cat,1\n")
+    with pytest.raises(DataError, match=r"p\.csv is damaged"):
+        read_prompts(tmp_path / "p.csv")
