@@ -8,7 +8,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -115,9 +115,7 @@ def fit(
     `on_checkpoint` gets the model whose weights would be shipped at that moment. `about` is what
     else decides the outcome, such as the seed: a state with another raises ConfigError.
     """
-    about = dict(about)
     work.mkdir(parents=True, exist_ok=True)
-    state_file = work / f"{name}.pt"
     model.to(device).train()
     by_muon = {id(weight) for weight in hidden}
     others = [weight for weight in model.parameters() if id(weight) not in by_muon]
@@ -127,75 +125,44 @@ def fit(
     if hidden:
         optimizers.append(KernelMuon(hidden, lr=lr, weight_decay=weight_decay))
     average = _Average(model, ema) if ema else None
-    step, elapsed_s = 0, 0.0
-    shown_at: list[int] = []
-    history: dict[str, list[float]] = {}
+    state = _State(work / f"{name}.pt", model, optimizers, beside, average, dict(about))
+    state.resume(device)
     recent: list[dict[str, float]] = []
-    if state_file.exists():
-        state = _read_state(state_file, device)
-        if state.get("about", about) != about:
-            raise ConfigError(
-                f"{state_file} holds a training with {_told(state['about'])}, not with "
-                f"{_told(about)}; remove it, or name another folder with --work"
-            )
-        model.load_state_dict(state["model"])
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        step, elapsed_s = state["step"], state["elapsed_s"]
-        shown_at, history = state["shown_at"], state["history"]
-        for other, kept in zip(beside, state.get("beside", ()), strict=True):
-            other.load_state_dict(kept)
-        if average:
-            average.load(state["average"])
 
     def checkpoint() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step,
-            "elapsed_s": elapsed_s,
-            "shown_at": shown_at,
-            "history": history,
-            "beside": [other.state_dict() for other in beside],
-            "average": average.weights if average else None,
-            "about": about,
-        }
-        partial = state_file.with_name(f"{state_file.name}.partial")
-        torch.save(state, partial)
-        os.replace(partial, state_file)
-        if shown_at:
-            draw_losses(shown_at, history, work / f"{name}-losses.png")
+        state.keep()
+        if state.shown_at:
+            draw_losses(state.shown_at, state.history, work / f"{name}-losses.png")
         if on_checkpoint:
             with _shipped(model, average) as ready:
                 on_checkpoint(ready)
 
     last = time.monotonic()
-    began = last - elapsed_s
+    began = last - state.elapsed_s
     with tqdm(total=100.0, desc=name, mininterval=2.0, bar_format=BAR) as bar:
-        while (progress := budget.progress(step, elapsed_s)) < 1.0:
-            rate = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        while (progress := budget.progress(state.step, state.elapsed_s)) < 1.0:
+            warm = min(1.0, (state.step + 1) / warmup)
+            rate = lr * warm * 0.5 * (1.0 + math.cos(math.pi * progress))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = max(rate, lr * 0.01)
-            loss, shown = loss_fn(step)
+            loss, shown = loss_fn(state.step)
             model.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-            step += 1
+            state.step += 1
             if average:
-                average.update(model, step)
+                average.update(model, state.step)
             now = time.monotonic()
-            elapsed_s = now - began
-            bar.update(100.0 * min(1.0, budget.progress(step, elapsed_s)) - bar.n)
+            state.elapsed_s = now - began
+            bar.update(100.0 * min(1.0, budget.progress(state.step, state.elapsed_s)) - bar.n)
             recent.append(shown)
-            if step % SHOWN_EVERY == 0:
+            if state.step % SHOWN_EVERY == 0:
                 means = {k: sum(one[k] for one in recent) / len(recent) for k in shown}
-                bar.set_postfix({"step": step, **{k: f"{v:.4g}" for k, v in means.items()}})
-                shown_at.append(step)
-                for key, value in means.items():
-                    history.setdefault(key, []).append(value)
+                bar.set_postfix({"step": state.step, **{k: f"{v:.4g}" for k, v in means.items()}})
+                state.show(means)
                 recent.clear()
             if now - last > CHECKPOINT_EVERY_S:
                 checkpoint()
@@ -206,13 +173,71 @@ def fit(
     return model.eval()
 
 
-def _read_state(file: Path, device: str) -> dict[str, Any]:
-    try:
-        return dict(torch.load(file, map_location=device, weights_only=True))
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as err:
-        raise DataError(
-            f"the state of training in {file} is damaged; remove it to begin anew"
-        ) from err
+@dataclass(slots=True)
+class _State:
+    """Where a training stands, and the file that it goes on from after a kill."""
+
+    file: Path
+    model: nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+    beside: Sequence[nn.Module | torch.optim.Optimizer]
+    average: _Average | None
+    about: Mapping[str, int | str]
+    step: int = 0
+    elapsed_s: float = 0.0
+    shown_at: list[int] = field(default_factory=list)
+    history: dict[str, list[float]] = field(default_factory=dict)
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Take values of this step into the history."""
+        self.shown_at.append(self.step)
+        for key, value in values.items():
+            self.history.setdefault(key, []).append(value)
+
+    def keep(self) -> None:
+        """Replace the file by all that there is, at once."""
+        content = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "shown_at": self.shown_at,
+            "history": self.history,
+            "beside": [other.state_dict() for other in self.beside],
+            "average": self.average.weights if self.average else None,
+            "about": self.about,
+        }
+        partial = self.file.with_name(f"{self.file.name}.partial")
+        torch.save(content, partial)
+        os.replace(partial, self.file)
+
+    def resume(self, device: str) -> None:
+        """Go on from the file, if there is one.
+
+        Raises DataError for a damaged one, ConfigError for one of another training.
+        """
+        if not self.file.exists():
+            return
+        try:
+            content = torch.load(self.file, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as err:
+            raise DataError(
+                f"the state of training in {self.file} is damaged; remove it to begin anew"
+            ) from err
+        if content.get("about", self.about) != self.about:
+            raise ConfigError(
+                f"{self.file} holds a training with {_told(content['about'])}, not with "
+                f"{_told(self.about)}; remove it, or name another folder with --work"
+            )
+        self.model.load_state_dict(content["model"])
+        for optimizer, kept in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        self.step, self.elapsed_s = content["step"], content["elapsed_s"]
+        self.shown_at, self.history = content["shown_at"], content["history"]
+        for other, kept in zip(self.beside, content.get("beside", ()), strict=True):
+            other.load_state_dict(kept)
+        if self.average:
+            self.average.load(content["average"])
 
 
 def _told(about: Mapping[str, int | str]) -> str:

@@ -89,6 +89,7 @@ def train_autoencoder(out: Path, work: Path, budget: Budget, seed: int, device: 
         ema=0.998,
         hidden=hidden,
         on_checkpoint=save,
+        about={"seed": seed},
     )
 
 

@@ -150,6 +150,7 @@ def train_recall(out: Path, work: Path, budget: Budget, seed: int, device: str) 
     fit(
         "clip-recall", trained, loss_fn, lr=8e-4, budget=budget, work=work, device=device,
         ema=0.99, warmup=50, on_checkpoint=lambda _: save_clip(model, config, out),
+        about={"seed": seed},
     )  # fmt: skip
 
 
@@ -205,7 +206,7 @@ def train_sides(out: Path, work: Path, budget: Budget, seed: int, device: str) -
     fit(
         "clip-sides", trained, loss_fn, lr=1e-3, budget=budget, work=work, device=device,
         ema=0.99, warmup=40, weight_decay=0.05, hidden=_matrices(model),
-        on_checkpoint=lambda _: save_clip(model, config, out),
+        on_checkpoint=lambda _: save_clip(model, config, out), about={"seed": seed},
     )  # fmt: skip
 
 
@@ -294,6 +295,7 @@ def _fit(
     fit(
         name, model, loss_fn, lr=rate, budget=budget, work=work, device=device,
         ema=0.997, warmup=100, weight_decay=0.05, hidden=_matrices(model), on_checkpoint=save,
+        about={"seed": seed},
     )  # fmt: skip
 
 

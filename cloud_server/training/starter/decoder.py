@@ -127,7 +127,7 @@ def tune_decoder(
 
     fit(
         "decoder", decoder, loss_fn, lr=3e-4, budget=budget, work=work, device=device, ema=0.99,
-        warmup=30, beside=(critics, learner), on_checkpoint=save,
+        warmup=30, beside=(critics, learner), on_checkpoint=save, about={"seed": seed},
     )  # fmt: skip
 
 

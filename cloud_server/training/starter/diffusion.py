@@ -291,6 +291,7 @@ def distil(starter: Path, work: Path, budget: Budget, seed: int, device: str) ->
     fit(
         "distil", student, loss_fn, lr=1e-3, budget=budget, work=work, device=device,
         ema=0.998, warmup=50, hidden=hidden_weights(student), on_checkpoint=save,
+        about={"seed": seed},
     )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def train_judge(out: Path, work: Path, budget: Budget, seed: int, device: str) -
 
     fit(
         "judge", model, loss_fn, lr=2e-3, budget=budget, work=work, device=device,
-        ema=0.998, warmup=100, weight_decay=0.02, on_checkpoint=save,
+        ema=0.998, warmup=100, weight_decay=0.02, on_checkpoint=save, about={"seed": seed},
     )  # fmt: skip
 
 
