@@ -40,10 +40,8 @@ OWN_NOISE = ("stable-diffusion.cpp",)  # whose pictures no other's can be compar
 NEEDS = {"optimum": ("optimum",), "openvino": ("bundle", "optimum")}
 STARTED = ("ours", "diffusers-fp32")  # whose starts are compared; contenders begin with these
 LOW, W8A8 = "memory=low", f"bundle={BUNDLES[1]}"
-STARTS: dict[str, dict[str, Any]] = {
-    "first_s": {"repeats": 0},
-    "ready_s": {"ready": True},
-}  # and how they are measured
+# How a process is asked for each of its starts: to draw one picture, or to open everything.
+STARTS: dict[str, dict[str, Any]] = {"first_s": {"repeats": 0}, "ready_s": {"ready": True}}
 LIMIT_S = 600
 QUIET_LOAD = 0.5
 

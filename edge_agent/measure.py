@@ -76,7 +76,7 @@ def measure(bundle: Bundle, threads: int | None, on_result: OnResult) -> None:
     _, encoded = edge.router(0.0).decide(PROMPT)
     shared = {bundle.router.text_encoder: encoded}
     preview = bundle.diffusion.preview
-    shown = preview is not None and preview.decoder not in recorder.listening
+    shown = preview is not None and preview.decoder != "vae_decoder"
     request = Request(PROMPT, steps=1 + shown, preview_every=1)
     edge.generator(time.perf_counter).generate(request, shared, SEED, on_event=lambda _: None)
     inputs = {name: one.heard for name, one in recorder.listening.items()}

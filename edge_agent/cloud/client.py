@@ -269,6 +269,8 @@ class CloudClient:
         except grpc.RpcError as error:
             raise self._mapped(error, slow) from error
         except ValueError as error:  # all that gRPC says of a closed channel
+            if not str(error).startswith("Cannot invoke RPC"):
+                raise  # it came from whoever listens to events
             raise Unreachable(
                 f"the connection to {self.address} was closed; make another CloudClient",
                 maybe_drawn=False,

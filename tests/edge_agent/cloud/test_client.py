@@ -534,14 +534,15 @@ def test_cancelling_while_nobody_answers_ends_at_once() -> None:
     timer.join()
 
 
-def test_a_listener_that_fails_ends_the_call_with_its_own_error() -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError])
+def test_a_listener_that_fails_ends_the_call_with_its_own_error(error: type[Exception]) -> None:
     engine = HeldEngine()
 
     def fail(_event: Event) -> None:
-        raise ZeroDivisionError
+        raise error("listening")
 
     with running_server(engine) as server, CloudClient(server.address) as client:
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(error, match="listening"):
             draw(client, on_event=fail)
         until(lambda: not server.studio.busy)
 
