@@ -203,7 +203,7 @@ def read_tokenizer(source: str | Path) -> Any:
             raise OSError("no tokenizer files")
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
     except Exception as error:  # a damaged tokenizer.json is a bare Exception
-        line = shorten(str(error).strip().partition("\n")[0], 160, placeholder=" ...")
+        line = shorten(str(error).strip().partition("\n")[0], 160)
         raise ModelError(
             f"the text encoder '{source}' has no tokenizer that can be read ({line}); put its "
             "tokenizer.json, or its vocabulary files, beside its config.json"

@@ -105,7 +105,7 @@ class RemotePainter:
             if limit and len(prompt.encode()) > limit:
                 raise DrawError(
                     f"the cloud at {self.address} reads {limit} bytes of a prompt, and "
-                    f"'{shorten(prompt, 40, placeholder=' ...')}' has {len(prompt.encode())}; "
+                    f"'{shorten(prompt, 40)}' has {len(prompt.encode())}; "
                     "shorten it"
                 )
 
