@@ -1,8 +1,9 @@
 """The one door of the device: a request in; decided, drawn here or in the cloud; a result out.
 
-A cloud that does not answer with a picture, or for which the budget has no room or cannot be read,
-is replaced by the edge, and the result says why. Neither a cloud client nor the budget is touched
-for a private request, for route `edge`, or by an offline agent.
+In a cascade it is drawn here first, and decided by a look at the picture. A cloud that does not
+answer with a picture, or for which the budget has no room or cannot be read, is replaced by the
+edge, and the result says why. Neither a cloud client nor the budget is touched for a private
+request, for route `edge`, or by an offline agent.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, check_prompt, check_
 from edge_agent.routing.budget.ledger import Ledger, Reservation
 from edge_agent.routing.budget.pacer import Pacer
 from edge_agent.routing.encoder import Encoded
-from edge_agent.routing.router import Router, undecided
+from edge_agent.routing.router import undecided, under
 from edge_agent.runtime.memory import peak_rss
 from edge_agent.runtime.network import Backend
 from edge_agent.runtime.networks import Networks
@@ -132,8 +133,9 @@ class EdgeAgent:
     Networks are opened when first needed: deciding opens the text encoder and the predictor only.
     `memory` says how long they stay open, `provider` what runs them.
     `share` is the share of prompts that may go to the cloud, by default the bundle's own; `budget`
-    keeps it over time, and its limits with it. Calls may come from several threads. Raises
-    ConfigError when `provider` is absent.
+    keeps it over time, and its limits with it. With `cascade` the device draws first, where the
+    cloud may be asked at all, and asks it only for what fell short. Calls may come from several
+    threads. Raises ConfigError when `provider` is absent, or the critic that a cascade needs.
     """
 
     def __init__(
@@ -143,19 +145,26 @@ class EdgeAgent:
         cloud: CloudGenerator | None = None,
         share: float | None = None,
         budget: Ledger | None = None,
+        cascade: bool = False,
         offline: bool = False,
         provider: Provider = Provider.AUTO,
         memory: Memory = Memory.NORMAL,
         threads: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        if cascade and bundle.critic is None:
+            raise ConfigError(
+                f"the bundle {bundle.path} has no critic to look at pictures with; export it with "
+                "a router that has one, or leave the cascade away"
+            )
         self.bundle = bundle
         networks = Networks(bundle, provider=provider, memory=memory, threads=threads)
         self._edge = Edge(networks)
         self._cloud = None if offline else cloud
         self._share = bundle.router.default_share if share is None else share
         self._budget = None if self._cloud is None else budget
-        self._pacer = Pacer(bundle.router.score_digest, self._share)
+        self._critic = bundle.critic if cascade else None
+        self._pacer = Pacer((self._critic or bundle.router).score_digest, self._share)
         self._offline = offline
         self._clock = clock
 
@@ -181,7 +190,10 @@ class EdgeAgent:
         self._edge.open(drawing=drawing)
 
     def route(self, prompt: str) -> Decision:
-        """Decide where `prompt` would be drawn; opens no socket, draws and spends nothing."""
+        """Decide where `prompt` would be drawn; opens no socket, draws and spends nothing.
+
+        That is what the prompt alone says: a cascade decides when it has a picture.
+        """
         check_prompt(prompt)
         try:
             decision, _ = self._edge.router(self._share).decide(prompt)
@@ -189,9 +201,8 @@ class EdgeAgent:
             self._edge.release()
         if self._budget is None:
             return decision
-        return self._edge.router(self._share).under(
-            self._pacer.threshold(self._budget.pace()), decision
-        )
+        pacer = Pacer(self.bundle.router.score_digest, self._share)
+        return under(pacer.threshold(self._budget.pace()), decision)
 
     def generate(
         self,
@@ -217,7 +228,9 @@ class EdgeAgent:
         self, request: Request, on_event: OnEvent | None, cancellation: Cancellation | None
     ) -> Result:
         started = self._clock()
-        self._edge.open_soon(request, likely=request.route is not Route.CLOUD)
+        looking = self._critic is not None and self._share > 0 and self._is_open(request)
+        likely = request.route is not Route.CLOUD
+        self._edge.open_soon(request, likely=likely, looking=looking)
         opened, encoded, admitted = started, None, None
         try:
             self._edge.open(drawing=False)
@@ -227,8 +240,12 @@ class EdgeAgent:
         except (BundleError, GenerationError, MemoryError) as err:
             why = str(err) or "memory ran out"
             decision = self._overrule(undecided(self.bundle.router, self._share, why), request)
+            looking = False
         else:
-            decision, admitted = self._admit(router, self._overrule(decision, request), request)
+            if looking:
+                decision = replace(decision, route=Route.EDGE, reason="drawn here, to be looked at")
+            else:
+                decision, admitted = self._admit(self._overrule(decision, request), request)
         decided = self._clock()
         call = _Call(
             request=request,
@@ -241,6 +258,13 @@ class EdgeAgent:
             cancellation=cancellation,
         )
         picture, drawn_on, fallback_reason = self._draw(call, decision.route)
+        drawn = looked = self._clock()
+        looking = looking and drawn_on is Route.EDGE
+        if looking:
+            decision, call = self._look(call, picture, decision)
+            looked = self._clock()
+            if decision.route is Route.CLOUD:
+                picture, drawn_on, fallback_reason = self._draw_again(call, picture)
         ended = self._clock()
         return Result(
             request_id=call.request_id,
@@ -252,13 +276,14 @@ class EdgeAgent:
             timings_ms={
                 "open": 1e3 * (opened - started),
                 "decide": 1e3 * (decided - opened),
-                "draw": 1e3 * (ended - decided),
+                "draw": 1e3 * (drawn - decided + ended - looked),
+                **({"look": 1e3 * (looked - drawn)} if looking else {}),
                 "total": 1e3 * (ended - started),
             },
-            models=self._models(drawn_on, picture),
+            models=self._models(drawn_on, picture, looked=looking),
             fallback_from=None if drawn_on is decision.route else decision.route,
             fallback_reason=fallback_reason,
-            backends=self._edge.ran(drawing=drawn_on is Route.EDGE),
+            backends=self._edge.ran(drawing=drawn_on is Route.EDGE, looking=looking),
             peak_rss=peak_rss(),
         )
 
@@ -269,6 +294,10 @@ class EdgeAgent:
             and not request.private
             and request.route is not Route.EDGE
         )
+
+    def _is_open(self, request: Request) -> bool:
+        """Tell whether it is for the scores to say which side draws a request."""
+        return request.route is Route.AUTO and self._cloud_allowed(request)
 
     def _why_no_cloud(self, request: Request) -> str:
         if request.private:
@@ -290,14 +319,10 @@ class EdgeAgent:
         return decision
 
     def _admit(
-        self, router: Router, decision: Decision, request: Request
+        self, decision: Decision, request: Request
     ) -> tuple[Decision, Reservation | LedgerError | None]:
-        """Decide under the budget's threshold where the router has the say; reserve the call."""
-        if (
-            self._budget is None
-            or request.route is not Route.AUTO
-            or not self._cloud_allowed(request)
-        ):
+        """Decide under the budget's threshold where scores have the say; reserve the call."""
+        if self._budget is None or not self._is_open(request):
             return decision, None
         try:
             admission = self._budget.admit(self._pacer, decision.score)
@@ -305,7 +330,29 @@ class EdgeAgent:
             # Nothing is sent that is not noted first: should the decision be the cloud, the device
             # draws, and says so.
             return decision, err
-        return router.under(admission.threshold, decision), admission.reservation
+        return under(admission.threshold, decision), admission.reservation
+
+    def _look(self, call: _Call, drawn: Picture, decision: Decision) -> tuple[Decision, _Call]:
+        """Decide by a look at the edge's picture, under the budget's threshold as `_admit`."""
+        assert call.encoded is not None  # or there would be no look
+        try:
+            critic = self._edge.critic(self._share)
+            judged = critic.judge(drawn.image, call.request.prompt, call.encoded)
+        except (BundleError, GenerationError, MemoryError) as err:
+            why = str(err) or "memory ran out"
+            return replace(decision, reason=f"kept without a look, which failed: {why}"), call
+        decision, admitted = self._admit(judged, call.request)
+        return decision, replace(call, admitted=admitted)
+
+    def _draw_again(self, call: _Call, drawn: Picture) -> tuple[Picture, Route, str | None]:
+        """Let the cloud draw what the edge drew already; the answer is as of `_draw`."""
+        try:
+            return self._draw_on(Route.CLOUD, call), Route.CLOUD, None
+        except (CloudError, ConfigError, LedgerError) as err:
+            reason = str(err)
+        if call.on_event is not None:
+            call.on_event(Fallback(Route.EDGE, reason, drawn=True))
+        return drawn, Route.EDGE, reason
 
     def _draw(self, call: _Call, first: Route) -> tuple[Picture, Route, str | None]:
         """Return the picture, the side that drew it and, after a fallback, the reason for it."""
@@ -387,10 +434,16 @@ class EdgeAgent:
                 with suppress(LedgerError):
                     finish(reservation)
 
-    def _models(self, drawn_on: Route, picture: Picture) -> dict[str, str]:
-        predictor = self.bundle.component(self.bundle.router.predictor)
+    def _models(self, drawn_on: Route, picture: Picture, *, looked: bool) -> dict[str, str]:
+        deciding = {"router": self.bundle.router.predictor}
+        if looked and self.bundle.critic:
+            deciding["critic"] = self.bundle.critic.network
         digest = f"@{self.bundle.diffusion.digest[:12]}" if drawn_on is Route.EDGE else ""
         return {
-            "router": f"{predictor.name}@{predictor.files[predictor.file].sha256[:12]}",
+            **{role: self._version(name) for role, name in deciding.items()},
             drawn_on.value: picture.model + digest,
         }
+
+    def _version(self, component: str) -> str:
+        part = self.bundle.component(component)
+        return f"{part.name}@{part.files[part.file].sha256[:12]}"

@@ -150,6 +150,19 @@ class RouterSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class CriticSpec:
+    """What looking at the edge's pictures needs beside its networks `text_encoder` and `network`.
+
+    Pictures are seen `side` pixels square. `score_digest` is that of scores after a look.
+    """
+
+    side: int
+    score_digest: tuple[float, ...]
+    text_encoder: str
+    network: str
+
+
+@dataclass(frozen=True, slots=True)
 class RecognizerSpec:
     """What recognition needs beside its networks `backbone`, `head` and `adapted`.
 
@@ -185,6 +198,7 @@ class Bundle:
     tokenizers: Mapping[str, TokenizerFiles]
     diffusion: DiffusionSpec
     router: RouterSpec
+    critic: CriticSpec | None = None
     recognizer: RecognizerSpec | None = None
     loss: Loss | None = None
 

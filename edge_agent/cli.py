@@ -336,6 +336,7 @@ def _open_agent(settings: Settings) -> EdgeAgent:
         cloud=None if address is None else LazyCloud(lambda: _connect(address)),
         share=settings.share,
         budget=_budget(settings),
+        cascade=settings.cascade,
         offline=settings.offline,
         provider=settings.provider,
         memory=settings.memory,

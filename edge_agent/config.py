@@ -106,6 +106,12 @@ OPTIONS: dict[str, Option[Any]] = {
         "Share of prompts that may go to the cloud.",
         "0..1",
     ),
+    "cascade": Option(
+        _switch,
+        False,
+        "true or false",
+        "Draw here first, and ask the cloud only where that picture fell short.",
+    ),
     "offline": Option(_switch, False, "true or false", "Open no connection at all."),
     "cloud": Option(
         _address, None, "HOST:PORT, such as 127.0.0.1:50051", "Address of the cloud.", "HOST:PORT"
@@ -226,6 +232,7 @@ class Settings:
 
     bundle: Path
     share: float | None
+    cascade: bool
     offline: bool
     cloud: str | None
     pace: bool

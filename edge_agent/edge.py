@@ -7,6 +7,7 @@ from threading import Lock
 
 from edge_agent.diffusion.decoding import SMALL_TILE
 from edge_agent.diffusion.generator import EdgeGenerator, guides, latents_of
+from edge_agent.routing.critic import Critic
 from edge_agent.routing.encoder import TextEncoder, Tokenizer
 from edge_agent.routing.router import Router
 from edge_agent.runtime.network import Backend, Shapes
@@ -26,6 +27,7 @@ class Edge:
         self._lock = Lock()
         self._text_encoders: dict[str, TextEncoder] = {}
         self._router: Router | None = None
+        self._critic: Critic | None = None
         self._generator: EdgeGenerator | None = None
 
     def router(self, share: float) -> Router:
@@ -36,6 +38,21 @@ class Edge:
                 reader = self._text_encoder(encoder)
                 self._router = Router(reader, predictor, self.bundle.router, share)
             return self._router
+
+    def critic(self, share: float) -> Critic:
+        """Return what looks at pictures, of a bundle that has a critic."""
+        with self._lock:
+            if self._critic is None:
+                assert self.bundle.critic is not None
+                encoder, network = self._looking()
+                self._critic = Critic(
+                    self._text_encoder(encoder),
+                    network,
+                    self.bundle.critic,
+                    self.bundle.router.metrics,
+                    share,
+                )
+            return self._critic
 
     def generator(self, clock: Callable[[], float]) -> EdgeGenerator:
         """Return what draws."""
@@ -67,12 +84,16 @@ class Edge:
         if drawing:
             self._networks.open_now(*self._drawing(), known=self._fed())
 
-    def open_soon(self, request: Request, *, likely: bool) -> None:
-        """Open what would draw `request` in the background, if it is `likely` that it will."""
+    def open_soon(self, request: Request, *, likely: bool, looking: bool = False) -> None:
+        """Open what would draw `request` in the background, if it is `likely` that it will.
+
+        After it, if there will be `looking`, what looks at the picture.
+        """
         if likely or self._networks.memory is Memory.HIGH:
             *encoders, denoiser, vae_decoder = self._drawing()
             known = self._fed(request.width, request.height, request.guidance)
-            self._networks.open_soon(denoiser, *encoders, vae_decoder, known=known)
+            later = self._looking() if looking else []
+            self._networks.open_soon(denoiser, *encoders, vae_decoder, *later, known=known)
 
     def release(self) -> None:
         """Let go of what the memory mode does not keep between requests."""
@@ -87,15 +108,24 @@ class Edge:
         """What ran or runs each network that was open."""
         return self._networks.backends
 
-    def ran(self, *, drawing: bool) -> dict[str, str]:
-        """Say what ran each network that decided and, with `drawing`, those that drew."""
-        used = {one.part.name for one in self._deciding() + (self._drawing() if drawing else [])}
+    def ran(self, *, drawing: bool, looking: bool = False) -> dict[str, str]:
+        """Say what ran each network that decided and, if so, those that drew and that looked."""
+        networks = self._deciding()
+        networks += self._drawing() if drawing else []
+        networks += self._looking() if looking else []
+        used = {one.part.name for one in networks}
         return {name: str(backend) for name, backend in self.backends.items() if name in used}
 
     def _deciding(self) -> list[LazyNetwork]:
         spec = self.bundle.router
         predictor = self._networks.get(spec.predictor, precise=True)
         return [self._text_network(spec.text_encoder), predictor]
+
+    def _looking(self) -> list[LazyNetwork]:
+        spec = self.bundle.critic
+        assert spec is not None  # or nobody would look
+        network = self._networks.get(spec.network, precise=True)
+        return [self._text_network(spec.text_encoder), network]
 
     def _drawing(self) -> list[LazyNetwork]:
         spec = self.bundle.diffusion
@@ -125,7 +155,8 @@ class Edge:
     def _text_network(self, name: str) -> LazyNetwork:
         padded = self.bundle.tokenizers[name].pad_id is not None
         # What decides is computed in 32 bits, so that no decision depends on the provider.
-        decides = name == self.bundle.router.text_encoder
+        critic = self.bundle.critic
+        decides = name in (self.bundle.router.text_encoder, critic and critic.text_encoder)
         return self._networks.get(name, static=padded, precise=decides)
 
     def _text_encoder(self, network: LazyNetwork) -> TextEncoder:

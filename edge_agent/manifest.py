@@ -14,6 +14,7 @@ from edge_agent.bundle import (
     MANIFEST,
     Bundle,
     Component,
+    CriticSpec,
     DiffusionSpec,
     Loss,
     Metric,
@@ -45,6 +46,7 @@ def read_manifest(path: Path) -> Bundle:
         tokenizers={name: _tokenizer(tokenizers.child(name)) for name in tokenizers.content},
         diffusion=_diffusion(root.child("diffusion")),
         router=_router(root.child("router")),
+        critic=_critic(root.child("critic")) if "critic" in content else None,
         recognizer=_recognizer(root.child("recognizer")) if "recognizer" in content else None,
         loss=_loss(root),
     )
@@ -52,6 +54,9 @@ def read_manifest(path: Path) -> Bundle:
     needed = [*encoders, bundle.router.predictor, bundle.diffusion.denoiser, "vae_decoder"]
     if bundle.diffusion.preview:
         needed.append(bundle.diffusion.preview.decoder)
+    if bundle.critic:
+        encoders = (*encoders, bundle.critic.text_encoder)
+        needed += [bundle.critic.text_encoder, bundle.critic.network]
     if spec := bundle.recognizer:
         needed += [spec.backbone, spec.head, spec.adapted]
     for name in needed:
@@ -272,12 +277,28 @@ def _router(fields: _Fields) -> RouterSpec:
         text_encoder=fields.get("text_encoder", str),
         predictor=fields.get("predictor", str),
     )
-    weights, digest = [metric.weight for metric in spec.metrics], spec.score_digest
+    weights = [metric.weight for metric in spec.metrics]
     one = bool(weights) and min(weights) >= 0 and math.isclose(sum(weights), 1, abs_tol=1e-4)
     fields.check("metrics", one, "one or more, of weights that add up to 1")
-    rising = all(a <= b for a, b in pairwise(digest)) and all(map(math.isfinite, digest))
-    fields.check("score_digest", digest and rising, "scores that rise")
+    fields.check("score_digest", _rises(spec.score_digest), "scores that rise")
     fields.check("default_share", 0 <= spec.default_share <= 1, "a share from 0 to 1")
+    return spec
+
+
+def _rises(digest: tuple[float, ...]) -> bool:
+    ordered = all(a <= b for a, b in pairwise(digest))
+    return bool(digest) and ordered and all(map(math.isfinite, digest))
+
+
+def _critic(fields: _Fields) -> CriticSpec:
+    spec = CriticSpec(
+        side=fields.get("side", int),
+        score_digest=fields.all_of("score_digest", float),
+        text_encoder=fields.get("text_encoder", str),
+        network=fields.get("network", str),
+    )
+    fields.check("side", spec.side > 0, "a number of pixels")
+    fields.check("score_digest", _rises(spec.score_digest), "scores that rise")
     return spec
 
 

@@ -93,6 +93,7 @@ def _decision(decision: Decision) -> dict[str, Any]:
         "reason": decision.reason,
         "metrics": _rounded(decision.metrics, 6),
         "ignored_tokens": decision.ignored_tokens,
+        **({"quality": _rounded(decision.quality, 6)} if decision.quality else {}),
     }
 
 

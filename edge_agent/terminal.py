@@ -205,4 +205,5 @@ def _preview_file(output: Path | None, prompt: str) -> Path:
 
 def _tell(event: Event, quiet: bool) -> None:
     if isinstance(event, Fallback) and not quiet:
-        note(f"drawing on the {event.to.value} instead: {event.reason}")
+        what = "keeping the picture of" if event.drawn else "drawing on"
+        note(f"{what} the {event.to.value} instead: {event.reason}")

@@ -90,7 +90,8 @@ class Decision:
     `prs` is the Pareto relative superiority of the edge (above 0.5: edge better), `score` is
     1 - prs, `threshold` is 1 - alpha of the paper's section 5.2, `metrics` holds D_i by name,
     `ignored_tokens` counts the end of a prompt that is longer than the text encoder reads. Where
-    nothing could be predicted there are no metrics, and `prs` is 0.5.
+    nothing could be predicted there are no metrics, and `prs` is 0.5. In a cascade `quality` holds
+    what was measured of the edge's picture, by metric.
     """
 
     route: Route
@@ -101,6 +102,7 @@ class Decision:
     share: float
     metrics: Mapping[str, float]
     ignored_tokens: int = 0
+    quality: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +167,11 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """The first choice failed and the other side takes over."""
+    """The first choice failed and the other side takes over; `drawn`: it has a picture already."""
 
     to: Route
     reason: str
+    drawn: bool = False
 
 
 Event = Queued | Step | Preview | Fallback

@@ -20,6 +20,7 @@ from edge_agent.bundle import Bundle, Component
 from edge_agent.errors import BundleError
 from export import calibration, text
 from export.bundle_writer import ROUTER_TEXT, SENSITIVITY, BundleWriter, dump
+from export.critic import CriticSource
 from export.errors import ExportError, naming
 from export.files import empty, hold
 from export.loss import PICTURES, PROMPTS, PROMPTS_SEED, Exam, judge, judged
@@ -37,7 +38,8 @@ from export.sources import Lora, Pipeline, RouterFolder
 class Job:
     """What to export. `text_encoder` is the folder or id of what the router reads prompts with;
 
-    without it that is the pipeline's own. `loras` are merged into the pipeline first. `gates`
+    without it that is the pipeline's own. With a `critic` the device can draw in a cascade. `loras`
+    are merged into the pipeline first. `gates`
     overrides parity gates by component. What lower precision costs is measured on `prompts`, by
     default captions of the starter's world, and so many `pictures`; with `accept_loss` it may be
     anything. With `sensitivity` every component is tried at every precision.
@@ -48,6 +50,7 @@ class Job:
     out: Path
     text_encoder: str | Path | None = None
     loras: Sequence[Lora] = ()
+    critic: CriticSource | None = None
     recognizer: RecognizerSource | None = None
     precision: Precisions = field(default_factory=Precisions)
     prompts: Sequence[str] = ()
@@ -147,8 +150,15 @@ class _Export:
             source = job.text_encoder or original
             router_text = text.open_text(source)
             _check_router(job, source, router_text)
-            self._texts = text.read_texts(job.pipeline.folder, job.pipeline.family, router_text)
-        self._parts = parts_of(job.pipeline, job.router, self._texts, job.recognizer, job.gates)
+            self._texts = text.read_texts(
+                job.pipeline.folder,
+                job.pipeline.family,
+                router_text,
+                job.critic.text if job.critic else None,
+            )
+        self._parts = parts_of(
+            job.pipeline, job.router, self._texts, job.critic, job.recognizer, job.gates
+        )
         names = [part.name for part in self._parts]
         self._precisions = job.precision.of(names, job.pipeline.family.denoiser)
         self._drawn = drawn(job.pipeline.family.denoiser)
@@ -166,6 +176,8 @@ class _Export:
         """Write the bundle and return its folder and a row for each component."""
         job, writer = self._job, self._writer
         content = manifest(job.pipeline, job.router, self._texts, writer, created_at)
+        if job.critic and self._texts.critic:
+            content["critic"] = job.critic.manifest(self._texts.critic)
         if job.recognizer:
             content["recognizer"] = job.recognizer.manifest()
         source = self._source_of_losses(content)

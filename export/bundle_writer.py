@@ -25,10 +25,11 @@ MODEL = "model.onnx"
 ROUTER_TEXT = "text_encoder"  # the router's, and the denoiser's where they are one
 DIFFUSION_TEXTS = ("text_encoder_diffusion", "text_encoder_diffusion_2")
 DECODER, PREVIEW_DECODER = "vae_decoder", "preview_decoder"
+CRITIC, CRITIC_TEXT = "critic", "text_encoder_critic"
 TEXT_ENCODERS = (ROUTER_TEXT, *DIFFUSION_TEXTS)
 RECOGNIZER = ("recognizer_backbone", "recognizer_head", "recognizer_adapted")
 DRAWING = ("unet", "transformer", DECODER, PREVIEW_DECODER)
-COMPONENTS = (*TEXT_ENCODERS, "predictor", *DRAWING, *RECOGNIZER)
+COMPONENTS = (*TEXT_ENCODERS, CRITIC_TEXT, "predictor", CRITIC, *DRAWING, *RECOGNIZER)
 
 
 def tokenizer_file(component: str) -> str:
@@ -37,7 +38,13 @@ def tokenizer_file(component: str) -> str:
 
 
 SENSITIVITY = "sensitivity.json"  # what `--sensitivity` found, for whoever chooses
-OURS = {MANIFEST, DONE, SENSITIVITY, *COMPONENTS, *map(tokenizer_file, TEXT_ENCODERS)}
+OURS = {
+    MANIFEST,
+    DONE,
+    SENSITIVITY,
+    *COMPONENTS,
+    *map(tokenizer_file, (*TEXT_ENCODERS, CRITIC_TEXT)),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,12 @@ class Precision(click.ParamType):
     help="What the router reads prompts with, as for train-router; default: the pipeline's own.",
 )
 @click.option("--router", type=FOLDER, help="Folder of the trained routing network.")
+@click.option(
+    "--critic",
+    metavar="NAME_OR_DIR",
+    help="CLIP that looks at pictures in a cascade: the one that made the router's labels, as a "
+    "folder or MODEL/PRETRAINED of open_clip; default: the starter's, with its router.",
+)
 @click.option("--steps", type=click.IntRange(1, MAX_STEPS), help="Default number of steps.")
 @click.option("--guidance", type=click.FloatRange(0), help="Default guidance.")
 @click.option(
@@ -118,6 +124,7 @@ def main(
     loras: tuple[str, ...],
     text_encoder: str | None,
     router: Path | None,
+    critic: str | None,
     steps: int | None,
     guidance: float | None,
     recognizer: Path | None,
@@ -137,7 +144,9 @@ def main(
     kept, and an export that was stopped goes on where it was.
     """
     try:
-        pipeline, text_encoder, network = _sources(starter, edge_model, text_encoder, router)
+        pipeline, text_encoder, network, critic = _sources(
+            starter, edge_model, text_encoder, router, critic
+        )
         pipeline = pipeline if vae is None else with_vae(pipeline, vae)
         pipeline = pipeline if preview_vae is None else with_preview(pipeline, preview_vae)
         pipeline = replace(pipeline, steps=steps, guidance=guidance)
@@ -145,6 +154,7 @@ def main(
         path, rows = _export(
             silent,
             recognizer,
+            critic,
             pipeline=pipeline,
             router=network,
             out=output or default_path(),
@@ -187,9 +197,14 @@ def main(
 
 
 def _sources(
-    starter: Path | None, edge_model: str | None, text_encoder: str | None, router: Path | None
-) -> tuple[Pipeline, str | None, RouterFolder]:
+    starter: Path | None,
+    edge_model: str | None,
+    text_encoder: str | None,
+    router: Path | None,
+    critic: str | None,
+) -> tuple[Pipeline, str | None, RouterFolder, str | None]:
     """Find what is exported: whatever is not named is the starter's."""
+    own = router is None
     if router is None:
         starter = starter or _starter()
         router, text_encoder = starter / "router", text_encoder or str(starter / "edge")
@@ -197,10 +212,22 @@ def _sources(
         pipeline = open_pipeline(edge_model)
     else:
         pipeline = open_pipeline(f"{starter or _starter()}/edge", name="starter-edge")
-    return pipeline, text_encoder, open_router(router)
+    network = open_router(router)
+    if own and critic is None and "critic" in network.spec:
+        critic = f"{starter}/clip"
+    if critic is None and "critic" in network.spec:
+        name = network.spec["critic"]["clip"]["name"]
+        click.echo(
+            f"the router's critic is left out, so there will be no cascade; pass --critic with the "
+            f"CLIP '{name}' that it looks through",
+            err=True,
+        )
+    return pipeline, text_encoder, network, critic
 
 
-def _export(silent: bool, recognizer: Path | None, **job: Any) -> tuple[Path, Sequence[Row]]:
+def _export(
+    silent: bool, recognizer: Path | None, critic: str | None, **job: Any
+) -> tuple[Path, Sequence[Row]]:
     with tqdm(
         desc="load models",
         bar_format="{desc:<30} {bar:30} {elapsed}",
@@ -215,11 +242,15 @@ def _export(silent: bool, recognizer: Path | None, **job: Any) -> tuple[Path, Se
         with quiet():
             # Imported late: torch and diffusers take seconds, and a wrong folder should not.
             from export.build import Job, export_bundle
+            from export.critic import open_critic
             from export.recognizer import open_recognizer
 
             known = open_recognizer(recognizer) if recognizer else None
+            looks = open_critic(critic, job["router"]) if critic else None
             return export_bundle(
-                Job(recognizer=known, **job), show, lambda said: tqdm.write(said, sys.stderr)
+                Job(critic=looks, recognizer=known, **job),
+                show,
+                lambda said: tqdm.write(said, sys.stderr),
             )
 
 

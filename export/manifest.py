@@ -31,7 +31,7 @@ def manifest(
 ) -> dict[str, Any]:
     """Return bundle.json but for its components, and write the tokenizers that it names."""
     parts = [encoder.folder for encoder in pipeline.family.encoders] + [pipeline.family.denoiser]
-    spec = {key: value for key, value in router.spec.items() if key != "text_probe"}
+    spec = {k: value for k, value in router.spec.items() if k not in ("text_probe", "critic")}
     return {
         "format": FORMAT,
         "created_by": f"routet2i-edge {_version()}",

@@ -18,7 +18,8 @@ from cloud_server.training import predictor as predictors
 from cloud_server.training.encoders import TextEncoder
 from cloud_server.training.labels.prompts import sample_prompts
 from export import components, denoisers
-from export.bundle_writer import DECODER, PREVIEW_DECODER
+from export.bundle_writer import CRITIC, DECODER, PREVIEW_DECODER
+from export.critic import CriticSource
 from export.errors import ExportError
 from export.files import digest_of
 from export.network import Network
@@ -60,6 +61,7 @@ def parts_of(
     pipeline: Pipeline,
     router: RouterFolder,
     texts: Texts,
+    critic: CriticSource | None,
     recognizer: RecognizerSource | None,
     gates: Mapping[str, float],
 ) -> list[Part]:
@@ -111,6 +113,17 @@ def parts_of(
             for name, each in texts.encoders.items()
         ),
         part("predictor", "psnr_db", router.network_files, predictor, context_length),
+        *(
+            part(
+                CRITIC,
+                "psnr_db",
+                each.files,
+                partial(each.network, context_length),
+                context_length,
+                *each.made_of,
+            )
+            for each in ([critic] if critic else [])
+        ),
         part(
             family.denoiser,
             "psnr_db",

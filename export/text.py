@@ -23,7 +23,7 @@ from cloud_server.training.encoders import (
     whole,
 )
 from cloud_server.training.towers import ClipTower
-from export.bundle_writer import DIFFUSION_TEXTS, ROUTER_TEXT
+from export.bundle_writer import CRITIC_TEXT, DIFFUSION_TEXTS, ROUTER_TEXT
 from export.errors import ExportError
 from export.families import Family
 
@@ -55,10 +55,11 @@ class PipelineTower(ClipTower):
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """The text encoders of a bundle by component, and which of them the denoiser reads."""
+    """The text encoders of a bundle by component, and which of them denoiser and critic read."""
 
     encoders: Mapping[str, TextEncoder]
     diffusion: tuple[str, ...]
+    critic: str | None
 
     @property
     def router(self) -> TextEncoder:
@@ -84,20 +85,27 @@ def open_text(source: str | Path) -> TextEncoder:
         raise ExportError(str(err)) from err
 
 
-def read_texts(folder: Path, family: Family, router: TextEncoder) -> Texts:
-    """Load the text encoders of the pipeline in `folder`, to go with the router's.
+def read_texts(
+    folder: Path, family: Family, router: TextEncoder, critic: TextEncoder | None = None
+) -> Texts:
+    """Load the text encoders of the pipeline in `folder`, to go with the router's and the critic's.
 
     Where the router's is one of them, the pipeline's stands for both: it gives all that the
     denoiser reads, and pads as the denoiser needs it. Raises ExportError.
     """
     own = from_pipeline(folder, family)
     router = next((each for each in own if are_one(router, each)), router)
-    encoders, diffusion = {ROUTER_TEXT: router}, []
+    encoders, diffusion = {ROUTER_TEXT: router}, list[str]()
     for each, name in zip(own, DIFFUSION_TEXTS, strict=False):
         component = ROUTER_TEXT if each is router else name
         encoders[component] = each
         diffusion.append(component)
-    return Texts(encoders, tuple(diffusion))
+    if critic is None:
+        return Texts(encoders, tuple(diffusion), None)
+    # The pooled state of one and the same model differs from library to library.
+    if type(router.tower) is type(critic.tower) and are_one(router, critic):
+        return Texts(encoders, tuple(diffusion), ROUTER_TEXT)
+    return Texts(encoders | {CRITIC_TEXT: critic}, tuple(diffusion), CRITIC_TEXT)
 
 
 def from_pipeline(folder: Path, family: Family) -> list[TextEncoder]:

@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud_server.errors import ConfigError
+from cloud_server.training import critic as critics
 from cloud_server.training import predictor
+from cloud_server.training.critic import Critic
 from cloud_server.training.encoders import TextEncoder
 from cloud_server.training.labels import Labels
 from cloud_server.training.loop import Budget
@@ -50,9 +52,15 @@ class Material:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """A router, and PRS of the labelled prompts: predicted, true, and which were `held_out`."""
+    """A router, and PRS of the labelled prompts: predicted, true, and which were `held_out`.
+
+    `critic` is None where no CLIP has made the labels, else `looked` has PRS of every picture of
+    the held-out prompts (pictures, 2) after a look at it: predicted, true.
+    """
 
     learned: Learned
+    critic: Critic | None
+    looked: Floats | None
     digest: list[float]
     predicted: Floats
     true: Floats
@@ -79,8 +87,9 @@ def train_router(
     count = len(labels.prompts)
     features = encoder.encode([*labels.prompts, *material.calibration], device)
     held_out, training = parted(count, seed)
+    known = features.some(np.arange(count))
     learned = learn(
-        features.some(np.arange(count)),
+        known,
         labels,
         weights,
         training,
@@ -94,11 +103,18 @@ def train_router(
     learned.model.half().float()  # as its file keeps it
     predicted = prs(learned.predict(features), weights)
     fresh = predicted[count:] if material.calibration else predicted[held_out]
+    critic = critics.train_critic(known, labels, learned, training, seed)
     trained = Trained(
-        learned, score_digest(1.0 - fresh), predicted[:count], prs(learned.d, weights), held_out
+        learned,
+        critic,
+        critics.looked(critic.head, known, labels, learned, held_out) if critic else None,
+        score_digest(1.0 - fresh),
+        predicted[:count],
+        prs(learned.d, weights),
+        held_out,
     )
     facts = _facts(trained, material, encoder, seed)
-    save_router(learned.model, facts, out)
+    save_router(learned.model, facts, out, trained.critic)
     return trained
 
 
@@ -144,6 +160,12 @@ def report(trained: Trained, material: Material) -> str:
         f"{predicted.mean():.3f}, spread {predicted.std():.3f}",
         f"threshold from {where}" + ("" if fresh >= FEW else "; so few make shares rough"),
     ]
+    if trained.looked is not None:
+        value, low, high = correlation(*trained.looked.T)
+        lines.append(
+            f"critic: after a look at the edge's picture, by {value:.2f} ({low:.2f} to {high:.2f}) "
+            f"on {len(trained.looked)} pictures"
+        )
     for share in SHARES:
         capped, free = (threshold(trained.digest, share, capped=cap) for cap in (True, False))
         got, more = (float(np.mean(1.0 - predicted > limit)) for limit in (capped, free))
@@ -193,6 +215,7 @@ def _facts(trained: Trained, material: Material, encoder: TextEncoder, seed: int
         "text_probe": {"prompt": PROBE, "state": encoder.state(PROBE)},
         "seed": seed,
         "learnt_from": _learnt_from(labels),
+        **({"critic": trained.critic.facts} if trained.critic else {}),
     }
 
 
@@ -209,7 +232,7 @@ def _name(labels: Labels, side: str) -> str:
 
 def check_replaceable(out: Path) -> None:
     """Raise ConfigError where a router cannot be written: what is there is not ours to replace."""
-    known = {FACTS, predictor.WEIGHTS, predictor.CONFIG}
+    known = {FACTS, predictor.WEIGHTS, predictor.CONFIG, critics.WEIGHTS}
     try:
         strange = sorted(entry.name for entry in out.iterdir() if entry.name not in known)
     except (FileNotFoundError, NotADirectoryError):
@@ -221,10 +244,16 @@ def check_replaceable(out: Path) -> None:
         )
 
 
-def save_router(model: predictor.AnyPredictor, facts: dict[str, Any], out: Path) -> None:
+def save_router(
+    model: predictor.AnyPredictor,
+    facts: dict[str, Any],
+    out: Path,
+    critic: Critic | None = None,
+) -> None:
     """Write predictor.safetensors, config.json and router.json, replacing a router in `out`.
 
-    Raises ConfigError, and writes nothing, where `out` holds anything else.
+    With a critic there is critic.safetensors too. Raises ConfigError, and writes nothing, where
+    `out` holds anything else.
     """
     check_replaceable(out)
     out = out.resolve()
@@ -232,6 +261,8 @@ def save_router(model: predictor.AnyPredictor, facts: dict[str, Any], out: Path)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         fresh, old = Path(scratch) / "new", Path(scratch) / "old"
         predictor.save(model, fresh)
+        if critic:
+            critics.save(critic.head, fresh)
         (fresh / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         if out.exists():
             os.replace(out, old)

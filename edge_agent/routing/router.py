@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge_agent.bundle import RouterSpec
+from edge_agent.bundle import Metric, RouterSpec
 from edge_agent.errors import REBUILD, BundleError
 from edge_agent.routing.encoder import Encoded, Session
 from edge_agent.routing.pareto import prs as superiority
@@ -32,8 +33,7 @@ class Router:
     ) -> None:
         self._text_encoder = text_encoder
         self._predictor = predictor
-        self._names = [metric.name for metric in spec.metrics]
-        self._weights = np.array([metric.weight for metric in spec.metrics])
+        self._metrics = spec.metrics
         self.share = share
         self.threshold = threshold(spec.score_digest, share)
 
@@ -44,33 +44,50 @@ class Router:
 
     def judge(self, encoded: Encoded) -> Decision:
         """Return where an encoded prompt goes; raises BundleError if the predictor is broken."""
-        # What follows the last word changes nothing, but reading it takes most of the time.
-        words = slice(0, max(2, int(np.flatnonzero(encoded.mask).max(initial=0)) + 1))
-        (d,) = self._predictor.run(
-            {"hidden": encoded.hidden[:, words], "mask": encoded.mask[:, words]}
-        )
-        if d.shape != (1, len(self._names)) or not np.isfinite(d).all():
-            raise BundleError(
-                f"the router's predictor answered {d.tolist()} instead of {len(self._names)} "
-                f"numbers; {REBUILD}"
-            )
-        distances = [float(value) for value in d[0]]
-        prs = float(superiority(distances, self._weights))
-        score = 1.0 - prs
-        metrics = dict(zip(self._names, distances, strict=True))
-        judged = Decision(
-            Route.EDGE, "", prs, score, self.threshold, self.share, metrics, encoded.dropped
-        )
-        return self.under(self.threshold, judged)
+        (d,) = self._predictor.run(words_of(encoded))
+        distances = by_metric("router's predictor", d, self._metrics)
+        return judged(distances, self._metrics, self.share, self.threshold, encoded.dropped)
 
-    def under(self, threshold: float, decision: Decision) -> Decision:
-        """Return what the same judgement of a prompt decides under another threshold."""
-        return replace(
-            decision,
-            route=Route.CLOUD if decision.score > threshold else Route.EDGE,
-            reason=explain(decision.score, threshold, self.share, decision.metrics),
-            threshold=threshold,
+
+def words_of(encoded: Encoded) -> dict[str, NDArray[Any]]:
+    """Return `hidden` and `mask` of a prompt as far as its last word, as predictors read it.
+
+    What follows changes nothing, but reading it takes most of the time.
+    """
+    words = slice(0, max(2, int(np.flatnonzero(encoded.mask).max(initial=0)) + 1))
+    return {"hidden": encoded.hidden[:, words], "mask": encoded.mask[:, words]}
+
+
+def by_metric(who: str, answer: NDArray[Any], metrics: Sequence[Metric]) -> dict[str, float]:
+    """Return what a network said (1, k) by metric; raises BundleError unless it is k numbers."""
+    if answer.shape != (1, len(metrics)) or not np.isfinite(answer).all():
+        raise BundleError(
+            f"the {who} answered {answer.tolist()} instead of {len(metrics)} numbers; {REBUILD}"
         )
+    return {metric.name: float(one) for metric, one in zip(metrics, answer[0], strict=True)}
+
+
+def judged(
+    distances: Mapping[str, float],
+    metrics: Sequence[Metric],
+    share: float,
+    limit: float,
+    ignored_tokens: int,
+) -> Decision:
+    """Return what distances D_i by metric decide under a threshold."""
+    prs = float(superiority(list(distances.values()), [metric.weight for metric in metrics]))
+    decision = Decision(Route.EDGE, "", prs, 1.0 - prs, limit, share, distances, ignored_tokens)
+    return under(limit, decision)
+
+
+def under(limit: float, decision: Decision) -> Decision:
+    """Return what the same judgement of a prompt decides under another threshold."""
+    return replace(
+        decision,
+        route=Route.CLOUD if decision.score > limit else Route.EDGE,
+        reason=explain(decision.score, limit, decision.share, decision.metrics),
+        threshold=limit,
+    )
 
 
 def undecided(spec: RouterSpec, share: float, why: str) -> Decision:

@@ -1,0 +1,59 @@
+"""The critic: the edge has drawn; is its picture good enough, or shall the cloud draw another?
+
+That is a cascade, as FrugalGPT's (Chen et al. 2023, arXiv 2305.05176): what the router can only
+expect of the edge, the critic measures, with the CLIP that made the router's labels. Its answer is
+a score like the router's, under a threshold of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from edge_agent.bundle import CriticSpec, Metric
+from edge_agent.recognition.pictures import square
+from edge_agent.routing.encoder import Encoded, Session
+from edge_agent.routing.policy import threshold
+from edge_agent.routing.router import Encoder, by_metric, judged, words_of
+from edge_agent.types import Decision
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL.Image import Image
+
+
+class Critic:
+    """Sends at most a share of pictures to be drawn again by the cloud: those that gain most."""
+
+    def __init__(
+        self,
+        text_encoder: Encoder,
+        network: Session,
+        spec: CriticSpec,
+        metrics: Sequence[Metric],
+        share: float,
+    ) -> None:
+        self._text_encoder = text_encoder
+        self._network = network
+        self._side = spec.side
+        self._metrics = metrics
+        self.share = share
+        self.threshold = threshold(spec.score_digest, share)
+
+    def judge(self, picture: Image, prompt: str, encoded: Encoded) -> Decision:
+        """Return whether a picture that the edge drew is kept, with its measured qualities.
+
+        `encoded` is the prompt as the router reads it. Raises BundleError for a broken network.
+        """
+        text = self._text_encoder.encode(prompt)
+        quality, d = self._network.run(
+            {
+                "picture": square(picture, self._side)[None],
+                "text": text.pooled,
+                **words_of(encoded),
+            }
+        )
+        distances = by_metric("critic", d, self._metrics)
+        decision = judged(distances, self._metrics, self.share, self.threshold, encoded.dropped)
+        return replace(decision, quality=by_metric("critic", quality, self._metrics))
