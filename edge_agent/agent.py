@@ -258,14 +258,14 @@ class EdgeAgent:
             cancellation=cancellation,
         )
         picture, drawn_on, fallback_reason = self._draw(call, decision.route)
-        drawn = looked = self._clock()
+        drawn = looked = ended = self._clock()
         looking = looking and drawn_on is Route.EDGE
         if looking:
             decision, call = self._look(call, picture, decision)
-            looked = self._clock()
+            looked = ended = self._clock()
             if decision.route is Route.CLOUD:
                 picture, drawn_on, fallback_reason = self._draw_again(call, picture)
-        ended = self._clock()
+                ended = self._clock()
         return Result(
             request_id=call.request_id,
             prompt=request.prompt,

@@ -171,7 +171,12 @@ def _components(bundle: Bundle, settings: Settings) -> list[dict[str, Any]]:
     edge = Edge(networks)
     try:
         edge.open(drawing=True)
-        edge.router(0.0).decide("a")  # does its answer fit what the bundle says of it?
+        # Do their answers fit what the bundle says of them?
+        _, encoded = edge.router(0.0).decide("a")
+        if bundle.critic:
+            from PIL import Image
+
+            edge.critic(0.0).judge(Image.new("RGB", (64, 64)), "a", encoded)
         for each in networks.known:  # with --memory low one at a time, and only now
             each.open()
     finally:

@@ -78,7 +78,10 @@ def measure(bundle: Bundle, threads: int | None, on_result: OnResult) -> None:
     preview = bundle.diffusion.preview
     shown = preview is not None and preview.decoder != "vae_decoder"
     request = Request(PROMPT, steps=1 + shown, preview_every=1)
-    edge.generator(time.perf_counter).generate(request, shared, SEED, on_event=lambda _: None)
+    generator = edge.generator(time.perf_counter)
+    drawn = generator.generate(request, shared, SEED, on_event=lambda _: None)
+    if bundle.critic:
+        edge.critic(0.0).judge(drawn.image, PROMPT, encoded)
     inputs = {name: one.heard for name, one in recorder.listening.items()}
     recorder.close()  # a provider is not to share the memory with the CPU's copy
     plain = Networks(bundle, provider=Provider.CPU, threads=threads)

@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 WIDTH, CONTEXT, LATENTS, SCALE = 8, 16, 4, 8
+CRITIC_SIDE = 16
 METRICS = ("Definition", "Sharpness", "Layout")
 
 
@@ -139,6 +140,39 @@ def vae_decoder(file: Path, *, strength: float = 1.0) -> Path:
         {"sample": ["batch", 3, "height", "width"]},
         [tensor("mix", mix), tensor("scales", [1, 1, SCALE, SCALE])],
     )
+
+
+def critic(file: Path, taste: float) -> Path:
+    """Every quality is the brightness of the picture; D is `taste`, whatever that is."""
+    return save(
+        file,
+        [
+            helper.make_node("Cast", ["picture"], ["pixels"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMean", ["pixels", "all"], ["mean"], keepdims=0),
+            helper.make_node("Mul", ["mean", "each"], ["quality"]),
+            *(
+                helper.make_node("ReduceSum", [name], [f"{name}_sum"], keepdims=0)
+                for name in ("text", "hidden", "mask", "quality")
+            ),
+            helper.make_node("Sum", [f"{n}_sum" for n in ("text", "hidden", "mask", "quality")],
+                             ["said"]),
+            helper.make_node("Mul", ["said", "nothing"], ["silence"]),
+            helper.make_node("Add", ["silence", "taste"], ["d"]),
+        ],
+        {
+            "picture": (TensorProto.UINT8, [1, CRITIC_SIDE, CRITIC_SIDE, 3]),
+            "text": (TensorProto.FLOAT, [1, WIDTH]),
+            "hidden": (TensorProto.FLOAT, [1, "tokens", WIDTH]),
+            "mask": (TensorProto.FLOAT, [1, "tokens"]),
+        },
+        {"quality": [1, len(METRICS)], "d": [1, len(METRICS)]},
+        [
+            tensor("all", [1, 2, 3], np.int64),
+            tensor("each", [[1 / 255] * len(METRICS)]),
+            tensor("nothing", 0.0),
+            tensor("taste", [[taste] * len(METRICS)]),
+        ],
+    )  # fmt: skip
 
 
 def tokenizer(file: Path) -> int:
@@ -301,6 +335,27 @@ def swap_unet() -> Callable[..., None]:
         edit_manifest(folder, lambda _: None)
 
     return swap
+
+
+@pytest.fixture
+def hire_critic() -> Callable[[Path, float], None]:
+    """Give a bundle a critic that reads prompts as the router does, and answers D = `taste`."""
+
+    def hire(folder: Path, taste: float) -> None:
+        file = critic(folder / "critic" / "model.onnx", taste)
+
+        def change(content: dict[str, Any]) -> None:
+            content["components"]["critic"] = component(folder, file)
+            content["critic"] = {
+                "side": CRITIC_SIDE,
+                "score_digest": [float(value) for value in np.linspace(0.1, 0.9, 200)],
+                "text_encoder": "text_encoder",
+                "network": "critic",
+            }
+
+        edit_manifest(folder, change)
+
+    return hire
 
 
 @pytest.fixture

@@ -122,6 +122,30 @@ def test_a_wrong_field_is_named_by_its_path(
         open_bundle(tiny_bundle)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"side": 0}, "'critic.side' .expected a number of pixels"),
+        ({"score_digest": [0.4, 0.3]}, "'critic.score_digest' .expected scores that rise"),
+        ({"network": "looker"}, "no component 'looker'"),
+        ({"text_encoder": "vae_decoder"}, "'tokenizers.vae_decoder.'"),
+        ({"text_encoder": None}, "'critic.text_encoder' .expected str"),
+    ],
+)
+def test_a_wrong_critic_is_named(
+    tiny_bundle: Path,
+    hire_critic: Callable[[Path, float], None],
+    rewrite: Rewrite,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    hire_critic(tiny_bundle, 0.5)
+    assert open_bundle(tiny_bundle).critic is not None
+    rewrite(tiny_bundle, lambda content: content["critic"].update(change))
+    with pytest.raises(BundleError, match=message):
+        open_bundle(tiny_bundle)
+
+
 def test_a_missing_file_is_named(tiny_bundle: Path) -> None:
     (tiny_bundle / "unet" / "model.onnx").unlink()
     with pytest.raises(BundleError, match=r"lacks .*unet.model\.onnx"):

@@ -549,3 +549,42 @@ def test_two_pictures_of_one_name_at_once_take_two(tiny_bundle: Path, tmp_path: 
 def test_doctor_tells_a_limit_that_generate_would_refuse(command: Command) -> None:
     done = command("doctor", "--offline", "--budget-cost", "2")
     assert "without the price of a picture" in done.stdout
+
+
+def test_a_cascade_draws_here_first_and_tells_what_it_saw(
+    command: Command, tiny_bundle: Path, hire_critic: Callable[[Path, float], None]
+) -> None:
+    hire_critic(tiny_bundle, 0.1)
+    cloud = f"127.0.0.1:{free_port()}"
+    done = command("generate", HARD, "--cascade", "--cloud", cloud, "--json", "--seed", "3")
+    result = json.loads(done.stdout)
+    assert set(result["decision"]["quality"]) == set(result["decision"]["metrics"])
+    assert result["decision"]["score"] == pytest.approx(0.9)
+    assert (result["drawn_on"], result["fallback_from"]) == ("edge", "cloud")
+    assert "keeping the picture of the edge instead: the cloud at" in done.stderr
+    assert read_record(Path(result["file"]))["decision"]["quality"]
+    with running_server(HeldEngine(held=False)) as server:
+        done = command("generate", HARD, "--cascade", "--cloud", server.address, "--json")
+    assert json.loads(done.stdout)["drawn_on"] == "cloud"
+
+
+def test_a_cascade_needs_a_critic(command: Command) -> None:
+    done = command("generate", HARD, EDGE_AGENT_CASCADE="yes")
+    assert done.returncode == 2
+    assert "has no critic to look at pictures with; export it with" in done.stderr
+
+
+def test_doctor_opens_and_measures_the_critic_too(
+    command: Command, tiny_bundle: Path, hire_critic: Callable[[Path, float], None]
+) -> None:
+    hire_critic(tiny_bundle, 0.1)
+    done = command("doctor", "--measure", "--json")
+    (critic,) = (
+        p for p in json.loads(done.stdout)["bundle"]["components"] if p["name"] == "critic"
+    )
+    assert critic["runs_on"]
+    assert critic["measured"]["cpu"]["psnr_db"] > 60
+    hire_critic(tiny_bundle, float("nan"))
+    done = command("doctor")
+    assert done.returncode == 1
+    assert "the critic answered" in done.stdout

@@ -30,8 +30,9 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(config: P
 
 def test_every_option_has_a_setting_and_an_environment_twin(config: Path) -> None:
     good = {
-        "bundle": "b", "share": "0.5", "offline": "true", "cloud": "127.0.0.1:50051",
-        "pace": "on", "budget_pictures": "5", "budget_cost": "1.50", "cloud_cost": "0.05",
+        "bundle": "b", "share": "0.5", "cascade": "yes", "offline": "true",
+        "cloud": "127.0.0.1:50051", "pace": "on",
+        "budget_pictures": "5", "budget_cost": "1.50", "cloud_cost": "0.05",
         "ledger": "l.sqlite3",
         "route": "cloud", "deadline": "3", "private": "1", "seed": "9", "size": "64x32",
         "steps": "3", "guidance": "2.5", "sampler": "euler-a", "preview": "2",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,3 +138,19 @@ def test_correlation_has_fishers_interval():
 def test_what_does_not_vary_correlates_with_nothing():
     assert np.isnan(correlation(np.ones(9), np.arange(9.0))).all()
     assert np.isnan(correlation(np.arange(3.0), np.arange(3.0))).all()
+
+
+def test_labels_by_a_clip_train_a_critic_too(material, encoder, tmp_path):
+    out = tmp_path / "router"
+    scorer = {"clip": "clip", "digest": "c" * 64}
+    labels = replace(material.labels, origin={**material.labels.origin, "scorer": scorer})
+    trained = train(replace(material, labels=labels), encoder, out)
+    assert (out / "critic.safetensors").is_file()
+    facts = json.loads((out / "router.json").read_text())["critic"]
+    assert facts["clip"] == {"name": "clip", "digest": "c" * 64}
+    assert facts["score_digest"] == trained.critic.digest
+    assert "critic: after a look at the edge's picture, by 0." in report(trained, material)
+    assert len(trained.looked) == 2 * len(trained.held_out)
+    train(material, encoder, out)  # by labels of another kind: no critic of before is left
+    assert not (out / "critic.safetensors").exists()
+    assert "critic" not in json.loads((out / "router.json").read_text())

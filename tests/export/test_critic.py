@@ -1,0 +1,217 @@
+"""The critic in the bundle: the device measures pictures as labelling does, and judges by them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cloud_server.training import critic as critics
+from cloud_server.training.critic import CriticHead
+from cloud_server.training.encoders import open_encoder
+from cloud_server.training.quality import ALIGNMENT, Alignment, Clip, Metric, QualityScorer
+from edge_agent.bundle import CriticSpec, open_bundle
+from edge_agent.edge import Edge
+from edge_agent.routing.pareto import prs
+from edge_agent.runtime.networks import Networks
+from edge_agent.types import Provider
+from export.build import Job, export_bundle
+from export.critic import CriticSource, Looking, open_critic
+from export.errors import ExportError
+from export.sources import RouterFolder, open_router
+from tests import tiny
+from tests.export.test_cli import call
+
+PROMPTS = ("two red apples on the beach", "a cat", "the dog above a cat and two apples")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_clip(tmp_path_factory.mktemp("critic") / "clip", width=48)
+
+
+def with_critic(
+    folder: Path, clip: Path, others: Sequence[str] | None = PROMPTS[1:], digest: str | None = None
+) -> RouterFolder:
+    """Give a tiny router a random critic whose last metric is the alignment, unless without."""
+    tiny.make_router(folder)
+    torch.manual_seed(5)
+    head = CriticHead(32, len(tiny.METRICS))
+    with torch.no_grad():
+        head.weight.normal_(std=0.1)
+        head.scale.uniform_(0.1, 0.3)
+    critics.save(head, folder)
+    facts = json.loads((folder / "router.json").read_text())
+    if others is not None:
+        facts["metrics"][-1]["name"] = ALIGNMENT
+    facts["critic"] = {
+        "clip": {"name": "clip", "digest": digest or Clip(clip).digest},
+        "sharpness": 0.25,
+        "others": None if others is None else list(others),
+        "score_digest": [0.2 + 0.6 * i / 199 for i in range(200)],
+    }
+    (folder / "router.json").write_text(json.dumps(facts))
+    return open_router(folder)
+
+
+@pytest.fixture
+def with_clip(copied: Job, clip: Path, tmp_path: Path) -> Job:
+    router = with_critic(tmp_path / "router", clip)
+    return replace(copied, router=router, critic=open_critic(str(clip), router))
+
+
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(4)
+    return [
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        for side in (32, 64, 20)
+    ]
+
+
+def measured(source: CriticSource) -> np.ndarray:
+    """Return what labelling makes of each picture with the prompt beside it."""
+    others = source.facts["others"]
+    metrics = [
+        Metric(m["name"], m["positive"], m["negative"], m["weight"])
+        for m in source.router.spec["metrics"]
+    ]
+    alignment = None if others is None else Alignment(0.5, tuple(others), len(others))
+    looks = metrics if others is None else metrics[:-1]
+    return QualityScorer(Clip(source.clip.model), looks, alignment).score(pictures(), PROMPTS)
+
+
+def test_the_device_measures_and_judges_as_training_does(with_clip: Job) -> None:
+    # Without the distractors that are one of the prompts, whom labelling leaves out.
+    source = with_clip.critic
+    assert source is not None
+    with_critic(source.router.folder, Path(source.clip.model), ("two dogs", "grass and apples"))
+    router = open_router(source.router.folder)
+    job = replace(with_clip, router=router, critic=open_critic(source.clip.model, router))
+    assert job.critic is not None
+    path, rows = export_bundle(job)
+    names = [row.component.name for row in rows]
+    assert names == [
+        "text_encoder", "text_encoder_critic", "predictor", "critic", "unet", "vae_decoder"
+    ]  # fmt: skip
+    bundle = open_bundle(path)
+    edge = Edge(Networks(bundle, provider=Provider.CPU, threads=1))
+    wanted, head = measured(job.critic), critics.load(router.folder)
+    encoder = open_encoder(job.pipeline.folder)
+    weights = [metric.weight for metric in bundle.router.metrics]
+    for picture, prompt, q in zip(pictures(), PROMPTS, wanted, strict=True):
+        _, encoded = edge.router(0.3).decide(prompt)
+        decision = edge.critic(0.3).judge(picture, prompt, encoded)
+        assert list(decision.quality.values()) == pytest.approx(q, abs=1e-4)
+        features = encoder.encode([prompt])
+        with torch.inference_mode():
+            d = head(features.hidden, features.mask, torch.from_numpy(q)[None]).numpy()[0]
+        assert decision.prs == pytest.approx(prs(d, weights), abs=1e-4)
+    edge.close()
+
+
+@pytest.mark.parametrize("others", [None, ()])
+def test_alignment_may_be_missing_or_a_cosine(
+    clip: Path, tmp_path: Path, others: Sequence[str] | None
+) -> None:
+    source = open_critic(str(clip), with_critic(tmp_path / "router", clip, others))
+    looking = source.network(16).module
+    assert isinstance(looking, Looking)
+    tokenizer = source.text.tokenizer
+    for picture, prompt, q in zip(pictures()[:1], PROMPTS, measured(source)[:1], strict=False):
+        text = source.text.tower(torch.from_numpy(tokenizer.encode(prompt).input_ids))[1]
+        with torch.inference_mode():
+            got = looking.quality(torch.from_numpy(np.array(picture))[None], text)[0]
+        assert got.tolist() == pytest.approx(q, abs=1e-4)
+
+
+def test_the_manifest_says_what_looking_needs(with_clip: Job) -> None:
+    path, _ = export_bundle(with_clip)
+    spec = open_bundle(path).critic
+    digest = tuple(with_clip.router.spec["critic"]["score_digest"])
+    assert spec == CriticSpec(32, digest, "text_encoder_critic", "critic")
+    assert "critic" not in json.loads((path / "bundle.json").read_text())["router"]
+    _, rows = export_bundle(with_clip)
+    assert all(row.kept for row in rows)
+
+
+def test_another_critic_on_the_same_clip_keeps_the_rest(with_clip: Job, clip: Path) -> None:
+    export_bundle(with_clip)
+    folder = with_clip.router.folder
+    head = critics.load(folder)
+    with torch.no_grad():
+        head.bias.add_(0.1)
+    critics.save(head, folder)
+    router = open_router(folder)
+    job = replace(with_clip, router=router, critic=open_critic(str(clip), router))
+    _, rows = export_bundle(job)
+    assert [row.component.name for row in rows if not row.kept] == ["critic"]
+
+
+def test_a_router_that_reads_with_the_critics_clip_shares_it(
+    with_clip: Job, tmp_path: Path
+) -> None:
+    clip = tiny.make_clip(tmp_path / "clip")  # as wide as what the tiny router reads
+    router = with_critic(tmp_path / "router", clip)
+    facts = dict(router.spec)
+    prompt = facts["text_probe"]["prompt"]
+    facts["text_probe"] = {"prompt": prompt, "state": open_encoder(clip).state(prompt)}
+    router = replace(router, spec=facts)
+    job = replace(
+        with_clip, router=router, critic=open_critic(str(clip), router), text_encoder=str(clip)
+    )
+    path, _ = export_bundle(job)
+    bundle = open_bundle(path)
+    assert bundle.critic is not None
+    assert bundle.critic.text_encoder == "text_encoder"
+    assert "text_encoder_critic" not in bundle.components
+
+
+def test_a_bundle_without_a_critic_opens_as_before(copied: Job) -> None:
+    assert open_bundle(copied.out).critic is None
+
+
+def test_what_cannot_be_the_critics_clip_is_refused_in_words(
+    clip: Path, tmp_path: Path, copied: Job
+) -> None:
+    with pytest.raises(ExportError, match=r"has no critic: its labels name no CLIP"):
+        open_critic(str(clip), copied.router)
+    router = with_critic(tmp_path / "router", clip, digest="0" * 64)
+    with pytest.raises(ExportError, match=r"taught by the CLIP 'clip' with other weights than"):
+        open_critic(str(clip), router)
+    with pytest.raises(ExportError, match=r"holds no open_clip_config.json"):
+        open_critic(str(tmp_path), router)
+    with pytest.raises(ExportError, match=r"there is no CLIP model 'nobody'"):
+        open_critic("nobody/nothing", router)
+
+
+def test_a_clip_that_the_device_would_read_otherwise_is_refused(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_critic(str(clip), with_critic(tmp_path / "router", clip))
+    seen = source.clip.network.visual.preprocess_cfg
+    monkeypatch.setitem(seen, "mean", (0.9, 0.1, 0.4))  # not what open_clip itself goes by
+    with pytest.raises(ExportError, match=r"would see pictures otherwise than the CLIP 'clip'"):
+        source.network(16)
+    monkeypatch.setitem(seen, "size", (32, 48))
+    with pytest.raises(ExportError, match=r"sees pictures of 48x32, and the device shows it squ"):
+        source.manifest("text_encoder")
+
+
+def test_the_command_takes_a_critic_and_tells_of_one_left_out(with_clip: Job, clip: Path) -> None:
+    made_from = (
+        "--edge-model", with_clip.pipeline.folder, "--router", with_clip.router.folder,
+        "-o", with_clip.out,
+    )  # fmt: skip
+    result = call(*made_from)
+    assert result.exit_code == 0, result.stderr
+    assert "there will be no cascade; pass --critic with the CLIP 'clip'" in result.stderr
+    assert open_bundle(with_clip.out).critic is None
+    result = call(*made_from, "--critic", clip)
+    assert result.exit_code == 0, result.stderr
+    assert open_bundle(with_clip.out).critic is not None
