@@ -61,24 +61,25 @@ COLOURS = {"edge": (46, 125, 90), "cloud": (58, 96, 190), "fallback": (190, 112,
 
 @click.command("demo")
 @click.option("--share", type=click.FloatRange(0, 1), default=0.5, show_default=True)
+@click.option("--cascade", is_flag=True, help="Draw here first, and decide by the picture.")
 @click.option("--seed", type=click.IntRange(min=0), default=7, show_default=True)
 @click.option(
     "--starter",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of starter models; default: those shipped.",
 )
-def main(share: float, seed: int, starter: Path | None) -> None:
+def main(share: float, cascade: bool, seed: int, starter: Path | None) -> None:
     """Route prompts, draw them on the device and in the cloud, lose the cloud, draw on."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so servers are ended
     try:
-        run(starter or starter_folder(), share, seed)
+        run(starter or starter_folder(), share, seed, cascade=cascade)
     except (AgentError, DemoError, OSError) as err:
         raise click.ClickException(str(err)) from err
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def run(starter: Path, share: float, seed: int) -> None:
+def run(starter: Path, share: float, seed: int, *, cascade: bool = False) -> None:
     """Do the whole demonstration."""
     bundle = open_bundle(ensure_bundle(starter, HERE / "bundle"))
     pictures = HERE / "pictures"
@@ -86,13 +87,13 @@ def run(starter: Path, share: float, seed: int) -> None:
     pictures.mkdir()
     with cloud_server(starter / "cloud", HERE / "cloud-server.log") as server:
         cloud = CloudClient(server.address)
-        with closing(EdgeAgent(bundle, cloud=cloud, share=share)) as agent:
+        with closing(EdgeAgent(bundle, cloud=cloud, share=share, cascade=cascade)) as agent:
             agent.open()
             results = _draw_all(agent, seed)
             results.append(_draw_without_cloud(agent, server, results, seed))
     files = [_write(pictures, number, result) for number, result in enumerate(results, 1)]
     sheet = HERE / "contact-sheet.png"
-    _sheet(results, share).save(sheet)
+    _sheet(results, share, cascade).save(sheet)
     report = HERE / "report.json"
     records = [result_to_json(r, f.relative_to(HERE)) for r, f in zip(results, files, strict=True)]
     report.write_text(json.dumps({"share": share, "seed": seed, "results": records}, indent=2))
@@ -195,7 +196,7 @@ def _write(folder: Path, number: int, result: Result) -> Path:
     return file
 
 
-def _sheet(results: Sequence[Result], share: float) -> Image.Image:
+def _sheet(results: Sequence[Result], share: float, cascade: bool) -> Image.Image:
     tiles = []
     for result in results:
         kind, label = (
@@ -207,10 +208,12 @@ def _sheet(results: Sequence[Result], share: float) -> Image.Image:
         )
         note = f"prs {result.decision.prs:.2f}"
         tiles.append(Tile(result.picture.image, result.prompt, label, COLOURS[kind], note))
-    subtitle = (
-        "Drawn on the device where it is good enough, in the cloud where that buys quality"
-        f" (share {share:g}); the last one after the cloud was stopped."
+    how = (
+        "Drawn on the device first, and in the cloud where that picture fell short"
+        if cascade
+        else "Drawn on the device where it is good enough, in the cloud where that buys quality"
     )
+    subtitle = f"{how} (share {share:g}); the last one after the cloud was stopped."
     return contact_sheet(tiles, "RouteT2I Edge", subtitle)
 
 

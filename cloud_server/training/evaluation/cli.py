@@ -129,10 +129,11 @@ def evaluate_router_command(
 
         from cloud_server.engine import pick_device
         from cloud_server.training.encoders import open_encoder
-        from cloud_server.training.evaluation.evaluate import Case, evaluate
+        from cloud_server.training.evaluation.evaluate import evaluate
         from cloud_server.training.evaluation.learned import Given, Network, kinds_said
         from cloud_server.training.evaluation.methods import all_methods
         from cloud_server.training.evaluation.nouns import count_nouns
+        from cloud_server.training.evaluation.truth import Case
         from cloud_server.training.loop import Budget
         from cloud_server.training.router import Settings
         from cloud_server.training.router import check as check_labels
@@ -168,7 +169,7 @@ def evaluate_router_command(
             _model_names(known),
             nouns,
             counted,
-            _judged(known, plan, judge, judge_scores, kept, where),
+            *_judged(known, plan, judge, judge_scores, kept, where),
         )
         several = len(known.metrics) > 1
         wanted = (several and len(plan.runs[0]) == 1) if ablations is None else ablations
@@ -177,6 +178,8 @@ def evaluate_router_command(
             plan,
             all_methods(case, network, Given(router, features, where) if router else network),
             network.ablations() if wanted and not router else [],
+            # A router that is given may know the judged prompts, which no critic trained here does.
+            features=None if router else features,
             seed=seed,
             progress=lambda name: click.echo(f"{name} ...", err=True),
         )
@@ -298,8 +301,11 @@ def _judged(
     scores: Path | None,
     kept: Kept | None,
     device: str,
-) -> NDArray[np.float64] | None:
-    """Return what the cloud's picture of every prompt gains by the other judge, if there is one."""
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Return what a Case has of the other judge, if there is one: by prompt, and by picture.
+
+    Scores in a file are of the same prompts by the same models, and maybe of other pictures.
+    """
     import numpy as np
 
     if judge:
@@ -307,7 +313,8 @@ def _judged(
         from cloud_server.training.starter.judge import Judge
 
         assert kept is not None  # checked with the options
-        return judged_gain(Judge.open(judge, device), kept, plan.rows, labels.seeds)
+        by_picture = judged_gain(Judge.open(judge, device), kept, plan.rows, labels.seeds)
+        return by_picture.mean(1), by_picture
     if scores:
         from cloud_server.training.labels import judge_of, read
 
@@ -329,8 +336,8 @@ def _judged(
         if missing:
             raise DataError(f"{scores} has no scores of {missing[0]!r}; judge the same prompts")
         gain = (other.q[1] - other.q[0]).mean(1) @ other.weights
-        return np.array([gain[at[p]] if p in at else np.nan for p in labels.prompts])
-    return None
+        return np.array([gain[at[p]] if p in at else np.nan for p in labels.prompts]), None
+    return None, None
 
 
 def _judge_said(judge: Path | None, scores: Path | None) -> dict[str, str] | None:

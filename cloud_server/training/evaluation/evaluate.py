@@ -15,50 +15,30 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from cloud_server.training.encoders import Features
 from cloud_server.training.evaluation import details
 from cloud_server.training.evaluation.baselines import Method
+from cloud_server.training.evaluation.cascade import AFTER, cascade
 from cloud_server.training.evaluation.curves import percentiles
 from cloud_server.training.evaluation.measures import (
     GRID,
     Bench,
-    Numbers,
+    Comparison,
     Resampled,
-    difference,
+    average_curves,
     estimates,
-    finite,
     mean,
 )
 from cloud_server.training.evaluation.splits import Plan
-from cloud_server.training.evaluation.truth import Truth, halves, reliability
+from cloud_server.training.evaluation.truth import Case, Truth, halves, reliability
 from cloud_server.training.evaluation.verdict import verdict
 from cloud_server.training.intervals import RESAMPLES, resamples
-from cloud_server.training.labels import Labels
 
 Floats = NDArray[np.float64]
 Report = dict[str, Any]
 """What JSON can hold; an estimate is {"mean", "low", "high", "n"} with null for none."""
 
 OURS: Final = "ours"
-# What differences to ours are taken of.
-COMPARED: Final = (
-    "apgr", "gain_area", "delta_p_25", "delta_p_40", "delta_p_50", "delta_p_80", "plain_50",
-    "delta_w_40", "delta_w_50", "delta_w_80", "right_50", "judge_apgr", "judge_50",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What is evaluated on: labels, metric weights (k,), names of the two models, nouns (N,).
-
-    `judge` (N,) is what the cloud's picture of every prompt gains by a judge of another kind.
-    """
-
-    labels: Labels
-    weights: Floats
-    models: tuple[str, str]
-    nouns: Floats
-    counted: str
-    judge: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +55,31 @@ def evaluate(
     methods: Sequence[Method],
     ablations: Sequence[Method] = (),
     *,
+    features: Features | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Judge `methods`, among which one has the key "ours", and `ablations` against their first."""
+    """Judge `methods`, among which one has the key "ours", and `ablations` against their first.
+
+    With `features` of all prompts a critic is trained and judged too, on labels by a CLIP: what
+    people rated, a device cannot measure.
+    """
     truth = Truth.of(case.labels, case.weights, plan.rows)
     judge = None if case.judge is None else case.judge[plan.rows]
     counts = resamples(len(plan.rows), seed)
     names = case.labels.metrics
-    point = Bench(truth, names, None, judge)
-    again = Resampled(truth, names, counts, judge)
+    compared = Comparison(truth, names, counts, judge)
 
-    trained, found, resampled = {}, {}, {}
+    trained = {}
     for method in (*methods, *ablations):
         progress(method.name)
         trained[method.key] = scores = train(method, plan)
-        found[method.key] = [point.measure(run) for run in scores.ranks]
-        resampled[method.key] = mean([again.measure(run) for run in scores.ranks])
+        compared.add(method.key, scores.ranks)
     ours = trained[OURS]
-    n = len(plan.rows)
-    rows = [_row(m, OURS, trained[m.key], found, resampled, point, n) for m in methods]
-    ablated = [
-        _row(m, ablations[0].key, trained[m.key], found, resampled, point, n) for m in ablations
-    ]
+    after = None
+    if features is not None and case.labels.origin.get("scorer"):
+        progress(AFTER)
+        after = cascade(case, plan, ours.ranks, features, counts)
     predicted = 1.0 - ours.raw.mean(0)
     sent = ours.ranks[0] > 0.5
     report: Report = {
@@ -117,11 +99,12 @@ def evaluate(
             "reliability": reliability(case.labels, case.weights, plan.rows),
             **details.the_pair(truth, names, seed),
         },
-        "methods": rows,
-        "ablations": ablated,
+        "methods": [compared.row(m.key, m.name, OURS) for m in methods],
+        "ablations": [compared.row(m.key, m.name, ablations[0].key) for m in ablations],
         "oracles": _oracles(case, plan, truth, judge, counts),
         "grid": list(GRID),
-        "band": _band(again, ours.ranks),
+        "band": compared.band(ours.ranks),
+        "cascade": after,
         "nouns": {
             "counted": case.counted,
             "rows": details.by_nouns(
@@ -162,32 +145,6 @@ def train(method: Method, plan: Plan) -> Trained:
     return Trained(raw, ranks)
 
 
-def _row(
-    method: Method,
-    against: str,
-    scores: Trained,
-    found: dict[str, list[Numbers]],
-    resampled: dict[str, Numbers],
-    point: Bench,
-    n: int,
-) -> Report:
-    """Return all that is said of one method, with what the one with the key `against` has more."""
-    key = method.key
-    more = difference(mean(found[against]), mean(found[key]))
-    again = difference(resampled[against], resampled[key])
-    compared = [k for k in COMPARED if k in more]
-    return {
-        "key": key,
-        "name": method.name,
-        "numbers": estimates(mean(found[key]), resampled[key], n),
-        "ours_more": estimates({k: more[k] for k in compared}, {k: again[k] for k in compared}, n),
-        "runs": {
-            k: [finite(float(run[k][0])) for run in found[key]] for k in ("apgr", "delta_p_50")
-        },
-        "curves": _average_curves([point.curves(run) for run in scores.ranks]),
-    }
-
-
 def _oracles(
     case: Case, plan: Plan, truth: Truth, judge: Floats | None, counts: Floats
 ) -> list[Report]:
@@ -216,20 +173,7 @@ def _oracles(
                     "key": key,
                     "name": name,
                     "numbers": numbers,
-                    "curves": _average_curves(curves),
+                    "curves": average_curves(curves),
                 }
             )
     return rows
-
-
-def _average_curves(curves: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
-    return {
-        view: [float(v) for v in np.mean([c[view] for c in curves], axis=0)] for view in curves[0]
-    }
-
-
-def _band(bench: Resampled, ranks: Floats) -> Report:
-    """Return the interval of our curve of Delta P at `GRID`."""
-    gains = np.mean([bench.gains(run) for run in ranks], axis=0)
-    low, high = np.percentile(gains, (2.5, 97.5), axis=1)
-    return {"low": low.tolist(), "high": high.tolist()}

@@ -49,6 +49,7 @@ def figures(report: Report) -> dict[str, str]:
         "reliability": reliability,
         "shares": shares,
         "drift": drift,
+        "cascade": cascade if report["cascade"] else None,
         "judge": judged if report.get("judge") else None,
     }
     with mpl.rc_context(STYLE):
@@ -251,3 +252,19 @@ def judged(report: Report) -> Figure:
     """Draw the curves by the judge that is not CLIP."""
     label = f"{report['judge']['name']}: gain over always-edge (points)"
     return cost_quality(report, "judge", label, 100)
+
+
+def cascade(report: Report) -> Figure:
+    """Draw what choosing by picture gains over choosing by prompt, below the oracle of pictures."""
+    figure, (axes,) = _axes(6.6, 3.6)
+    share = [100 * x for x in report["grid"]]
+    rows = {row["key"]: row for row in report["cascade"]["rows"]}
+    for key, colour, line, width in (
+        ("oracle", QUIET, "-", 1), ("after", OURS, "-", 3), ("before", INK, "--", 2),
+    ):  # fmt: skip
+        gain = [100 * y for y in rows[key]["curves"]["delta_p"]]
+        axes.plot(share, gain, color=colour, ls=line, lw=width, label=rows[key]["name"])
+    axes.set(xlim=(0, 100), xlabel="pictures asked of the cloud (%)")
+    axes.set(ylabel="ΔP: gain over always-edge (%)")
+    axes.legend(loc="lower right", fontsize=9)
+    return figure

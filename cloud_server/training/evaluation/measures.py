@@ -13,10 +13,16 @@ from cloud_server.training.evaluation.truth import Truth
 from cloud_server.training.intervals import Estimate, percentile
 
 Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
 Numbers = dict[str, Floats]
 
 SHARES: Final = (10, 25, 40, 50, 80)  # % of prompts sent to the cloud
 TARGETS: Final = (40, 50, 60)  # % of Delta P, as in the paper's table of savings
+# What differences are taken of.
+COMPARED: Final = (
+    "apgr", "gain_area", "delta_p_25", "delta_p_40", "delta_p_50", "delta_p_80", "plain_50",
+    "delta_w_40", "delta_w_50", "delta_w_80", "right_50", "judge_apgr", "judge_50",
+)  # fmt: skip
 RECOVERED: Final = (20, 50, 80, 95)  # % of the gap between the models, as RouteLLM's CPT
 TOGETHER: Final = 100  # resamples
 GRID: Final = tuple(i / 40 for i in range(41))  # shares at which curves are drawn
@@ -121,6 +127,67 @@ class Bench:
             found[f"right_{p}"] = chosen
             found[f"delta_w_{p}"] = _ratio(chosen - random, random)
         return found
+
+
+class Comparison:
+    """Ways to choose, by the same truth and the same resamples of prompts: counts (B, N).
+
+    What is chosen may be several things of a prompt, `prompt` (M,) being the prompt of each; all
+    things of a prompt are resampled together, as they are no independent evidence.
+    """
+
+    def __init__(
+        self,
+        truth: Truth,
+        names: Sequence[str],
+        counts: Floats,
+        judge: Floats | None = None,
+        prompt: Rows | None = None,
+    ) -> None:
+        repeated = counts if prompt is None else counts[:, prompt]
+        self._point = Bench(truth, names, None, judge)
+        self._again = Resampled(truth, names, repeated, judge)
+        self._prompts = counts.shape[1]
+        self._found: dict[str, list[Numbers]] = {}
+        self._resampled: dict[str, Numbers] = {}
+        self._curves: dict[str, dict[str, list[float]]] = {}
+
+    def add(self, key: str, runs: Floats) -> None:
+        """Measure a way to choose by its scores in every run, (runs, N) or (runs, M)."""
+        self._found[key] = [self._point.measure(run) for run in runs]
+        self._resampled[key] = mean([self._again.measure(run) for run in runs])
+        self._curves[key] = average_curves([self._point.curves(run) for run in runs])
+
+    def row(self, key: str, name: str, against: str) -> dict[str, Any]:
+        """Return all that is said of one way, with what that with the key `against` has more."""
+        n = self._prompts
+        more = difference(mean(self._found[against]), mean(self._found[key]))
+        again = difference(self._resampled[against], self._resampled[key])
+        shown = [k for k in COMPARED if k in more]
+        return {
+            "key": key,
+            "name": name,
+            "numbers": estimates(mean(self._found[key]), self._resampled[key], n),
+            "ours_more": estimates({k: more[k] for k in shown}, {k: again[k] for k in shown}, n),
+            "runs": {
+                k: [finite(float(run[k][0])) for run in self._found[key]]
+                for k in ("apgr", "delta_p_50")
+            },
+            "curves": self._curves[key],
+        }
+
+    def band(self, runs: Floats) -> dict[str, list[float]]:
+        """Return the interval of the curve of Delta P at `GRID`, of scores (runs, N)."""
+        gains = np.mean([self._again.gains(run) for run in runs], axis=0)
+        low, high = np.percentile(gains, (2.5, 97.5), axis=1)
+        return {"low": low.tolist(), "high": high.tolist()}
+
+
+def average_curves(curves: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Return the mean over runs of what `Bench.curves` gives."""
+    return {
+        view: [float(v) for v in np.mean([c[view] for c in curves], axis=0)] for view in curves[0]
+    }
 
 
 def _area(view: str, curve: Curve) -> Numbers:

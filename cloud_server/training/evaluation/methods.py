@@ -10,9 +10,9 @@ from cloud_server.training.evaluation.baselines import (
     Method,
     learned_baselines,
 )
-from cloud_server.training.evaluation.evaluate import Case
 from cloud_server.training.evaluation.learned import Network
 from cloud_server.training.evaluation.nouns import count_words
+from cloud_server.training.evaluation.truth import Case
 
 
 def all_methods(case: Case, network: Network, ours: Method) -> list[Method]:

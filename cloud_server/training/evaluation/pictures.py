@@ -60,11 +60,11 @@ def _noise_of(file: Path) -> int:
 def judged_gain(judge: Judge, kept: Kept, rows: Rows, seeds: Sequence[int]) -> Floats:
     """Return how many more of the objects asked for the judge finds in the cloud's pictures.
 
-    It is a share of the objects, averaged over seeds, for every prompt (N,), NaN for prompts that
-    are not among `rows`. Raises ModelError for a prompt of another world, and for a picture that is
-    missing.
+    It is a share of the objects, on average over the cloud's pictures of a prompt, beside each of
+    the edge's (N, seeds); NaN for prompts that are not among `rows`. Raises ModelError for a prompt
+    of another world, and for a picture that is missing.
     """
-    gain = np.full(len(kept.prompts), np.nan)
+    gain = np.full((len(kept.prompts), len(seeds)), np.nan)
     scenes = {int(row): read_scene(kept.prompts[row]) for row in rows}
     strange = [row for row, scene in scenes.items() if scene is None]
     if strange:
@@ -81,8 +81,8 @@ def judged_gain(judge: Judge, kept: Kept, rows: Rows, seeds: Sequence[int]) -> F
             scene = scenes[row]
             assert scene is not None  # checked above
             right.append(objects_right(scene, reading))
-    edge, cloud = np.array(right).reshape(2, len(scenes), len(seeds)).mean(2)
-    gain[list(scenes)] = cloud - edge
+    edge, cloud = np.array(right).reshape(2, len(scenes), len(seeds))
+    gain[list(scenes)] = cloud.mean(1, keepdims=True) - edge
     return gain
 
 

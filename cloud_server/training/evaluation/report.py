@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from cloud_server.training.evaluation.figures import figures
-from cloud_server.training.evaluation.verdict import interval
+from cloud_server.training.evaluation.verdict import interval, turned
 
 Report = dict[str, Any]
 
@@ -46,6 +46,16 @@ JUDGED: Final[Sequence[Column]] = (
     ("APGR", "judge_apgr", 1, 3),
 )
 
+CASCADE: Final[Sequence[Column]] = (
+    ("ΔP at 10 %", "delta_p_10", 100, 1),
+    ("at 25 %", "delta_p_25", 100, 1),
+    ("at 50 %", "delta_p_50", 100, 1),
+    ("APGR", "apgr", 1, 3),
+    ("calls saved at ΔP 50 %, %", "saved_50", 100, 1),
+    ("judge: gain at 25 %, points", "judge_25", 100, 2),
+    ("at 50 %, points", "judge_50", 100, 2),
+)
+
 
 def page(report: Report, pictures: Mapping[int, tuple[Path | None, Path | None]]) -> str:
     """Return the page; `pictures` has the edge's and the cloud's picture of some rows."""
@@ -60,6 +70,7 @@ def page(report: Report, pictures: Mapping[int, tuple[Path | None, Path | None]]
     environment.filters["said"] = interval
     environment.filters["counted"] = counted
     environment.filters["signed"] = signed
+    environment.filters["turned"] = turned
     drawn = {name: Markup(svg) for name, svg in figures(report).items()}
     return environment.get_template("report.html.j2").render(
         r=report,
@@ -69,6 +80,7 @@ def page(report: Report, pictures: Mapping[int, tuple[Path | None, Path | None]]
         savings=SAVINGS,
         choices=CHOICES,
         judged=JUDGED,
+        cascade=CASCADE,
         pictures={row: tuple(map(_embedded, pair)) for row, pair in pictures.items()},
     )
 

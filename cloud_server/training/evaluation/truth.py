@@ -16,17 +16,37 @@ Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is evaluated on: labels, metric weights (k,), names of the two models, nouns (N,).
+
+    `judge` (N,) is what the cloud's picture of every prompt gains by a judge of another kind, and
+    `judge_pictures` (N, seeds), where known, what the cloud's gain on average over each of the
+    edge's.
+    """
+
+    labels: Labels
+    weights: Floats
+    models: tuple[str, str]
+    nouns: Floats
+    counted: str
+    judge: Floats | None = None
+    judge_pictures: Floats | None = None
+
+
 @dataclass(frozen=True)
 class Truth:
     """Qualities `edge` and `cloud` (N, k), averaged over seeds, metric weights (k,) of sum 1.
 
     `gaps` (k,) is the unit of each metric: the distance of the models' means, and at least a floor.
+    `gamma` is that of PRS, None for the one that fits these qualities.
     """
 
     edge: Floats
     cloud: Floats
     weights: Floats
     gaps: Floats
+    gamma: float | None = None
 
     @classmethod
     def of(cls, labels: Labels, weights: Floats, rows: Rows) -> Truth:
@@ -56,9 +76,9 @@ class Truth:
 
     @cached_property
     def prs(self) -> Floats:
-        """The true PRS (N,), with Gamma of these prompts."""
+        """The true PRS (N,)."""
         means = self.edge.mean(0), self.cloud.mean(0)
-        gamma = fit_gamma(self.edge, self.cloud, *means)
+        gamma = self.gamma or fit_gamma(self.edge, self.cloud, *means)
         return prs(quality_distance(self.edge, self.cloud, *means, gamma), self.weights)
 
     @property

@@ -1,4 +1,4 @@
-"""The evaluation in two sentences, as its numbers have it."""
+"""The evaluation in a few sentences, as its numbers have it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MINUS: Final = "\N{MINUS SIGN}"
 
 
 def verdict(report: Report) -> Report:
-    """Return the key of the `best` other way at 50 % routing, and two `sentences`."""
+    """Return the key of the `best` other way at 50 % routing, and `sentences`."""
     methods = {row["key"]: row for row in report["methods"]}
     others = [row for row in report["methods"] if row["key"] not in ("ours", "random")]
     best = max(others, key=lambda row: row["numbers"]["delta_p_50"]["mean"])
@@ -20,6 +20,7 @@ def verdict(report: Report) -> Report:
         "sentences": [
             _quality(report, methods["ours"], best),
             _calls(report, methods["ours"], best),
+            *([_look(report["cascade"])] if report["cascade"] else []),
         ],
     }
 
@@ -28,13 +29,6 @@ def _quality(report: Report, ours: Report, best: Report) -> str:
     reached = ours["numbers"]["delta_p_50"]
     everything = f"{100 * report['pair']['cloud_delta_p']['mean']:.0f}\N{NO-BREAK SPACE}%"
     more = best["ours_more"]["delta_p_50"]
-    points = 100 * more["mean"]
-    if more["low"] > 0:
-        compared = f"{points:.1f} points above"
-    elif more["high"] < 0:
-        compared = f"{-points:.1f} points below"
-    else:
-        compared = "not told apart from"
     random = ours_against(report, "random", "delta_p_50")
     by_chance = (
         "better than random routing" if random["low"] > 0
@@ -43,7 +37,7 @@ def _quality(report: Report, ours: Report, best: Report) -> str:
     )  # fmt: skip
     return (
         f"With half of the prompts sent to the cloud, our router reaches ΔP {percent(reached)}, "
-        f"{by_chance} and {compared} the best of the other ways, {best['name']} "
+        f"{by_chance} and {_compared(more)} the best of the other ways, {best['name']} "
         f"(difference {points_of(more)}); sending every prompt scores {everything} "
         f"(ours more: {points_of(ours['numbers']['over_cloud_50'])})."
     )
@@ -78,6 +72,33 @@ def _calls(report: Report, ours: Report, best: Report) -> str:
     )
 
 
+def _look(cascade: Report) -> str:
+    """Return what looking at the edge's pictures first is worth, by CLIP and by the other judge."""
+    rows = {row["key"]: row for row in cascade["rows"]}
+    reached, unlearnt = (rows[key]["numbers"]["delta_p_50"] for key in ("after", "quality"))
+    more = {key: turned(less) for key, less in rows["after"]["ours_more"].items()}
+    judged = (
+        f"; by the judge that is not CLIP the difference is {points_of(more['judge_50'])} points"
+        if "judge_50" in more
+        else ""
+    )
+    return (
+        f"After a look at the edge's picture, half of the calls give ΔP {percent(reached)}, "
+        f"{_compared(more['delta_p_50'])} choosing before drawing (difference "
+        f"{points_of(more['delta_p_50'])}){judged}; that picture's quality alone, which learns "
+        f"nothing, gives {percent(unlearnt)}."
+    )
+
+
+def _compared(more: Report) -> str:
+    points = 100 * more["mean"]
+    if more["low"] > 0:
+        return f"{points:.1f} points above"
+    if more["high"] < 0:
+        return f"{-points:.1f} points below"
+    return "not told apart from"
+
+
 def reached_never(estimate: Report | None) -> bool:
     """Return whether a share of calls is "never"."""
     return bool(estimate and estimate.get("never"))
@@ -88,6 +109,13 @@ def ours_against(report: Report, key: str, number: str) -> Report:
     rows = (row for row in report["methods"] if row["key"] == key)
     found: Report = next(rows)["ours_more"][number]
     return found
+
+
+def turned(estimate: Report) -> Report:
+    """Return a difference the other way round."""
+    ends = {"mean": "mean", "low": "high", "high": "low"}
+    other = {to: estimate[end] for to, end in ends.items()}
+    return estimate | {to: None if value is None else -value for to, value in other.items()}
 
 
 def interval(estimate: Report | None, factor: float, digits: int, sign: bool = False) -> str:

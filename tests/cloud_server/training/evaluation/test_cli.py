@@ -14,8 +14,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cloud_server.cli import main
-from cloud_server.training.evaluation.pictures import Kept
+from cloud_server.training.evaluation.pictures import Kept, judged_gain
 from cloud_server.training.labels import Labels, read, sample_prompts, write
+from cloud_server.training.starter.captions import read_scene
+from cloud_server.training.starter.reading import Found, Reading
 from tests.made_up import METRICS, make_world
 from tests.tiny import make_pipeline, make_router
 
@@ -55,15 +57,20 @@ def scores(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory):
-    """Labels of forty captions of the starter world, two seeds, and a picture for each."""
+    """Labels of forty captions of the starter world, two seeds, and a picture for each.
+
+    Who scored them is not known in labels.parquet, and was a CLIP in by-clip.parquet.
+    """
     folder = tmp_path_factory.mktemp("labels")
     made = make_world(prompts=40, seeds=2).labels
     prompts = tuple(prompt.text for prompt in sample_prompts(40, 0))
     models = {side: {"name": side, "digest": digest} for side, digest in DIGESTS.items()}
-    write(
-        Labels(made.q, prompts, (0, 1), METRICS, "d", origin={"models": models}),
-        folder / "labels.parquet",
-    )
+    scorer = {"clip": "a clip", "digest": "b" * 64}
+    for name, origin in (("labels", {}), ("by-clip", {"scorer": scorer})):
+        write(
+            Labels(made.q, prompts, (0, 1), METRICS, "d", origin={"models": models} | origin),
+            folder / f"{name}.parquet",
+        )
     kept = Kept(folder / "pictures", (DIGESTS["edge"], DIGESTS["cloud"]), prompts)
     for model in (0, 1):
         for row in range(40):
@@ -92,6 +99,7 @@ def test_a_table_of_ratings_is_cross_validated(scores, encoder, tmp_path):
     assert ours["low"] > 0.6, "cat or dog is in the embedding"
     assert report["predictors"] == "10 linear"
     assert result.stdout.splitlines() == report["verdict"]["sentences"]
+    assert report["cascade"] is None, "what people rated, no CLIP measures"
     assert f"--scores {scores}" in report["command"]
     assert "small on the device, large in the cloud" in page.read_text(encoding="utf-8")
 
@@ -99,7 +107,7 @@ def test_a_table_of_ratings_is_cross_validated(scores, encoder, tmp_path):
 def test_labels_are_held_out_judged_otherwise_and_shown(labels, encoder, tmp_path):
     page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
     result = run(
-        "--labels", labels / "labels.parquet", "--text-encoder", encoder, "--held-out", 20,
+        "--labels", labels / "by-clip.parquet", "--text-encoder", encoder, "--held-out", 20,
         "--seeds", 2, "--predictor", "gated", "--steps", 2, "--threads", 1,
         "--pictures", labels / "pictures", "--judge", JUDGE, "--work", tmp_path / "work",
         "-o", page, "--json", numbers,
@@ -113,7 +121,12 @@ def test_labels_are_held_out_judged_otherwise_and_shown(labels, encoder, tmp_pat
     assert report["methods"][-1]["name"] == f"single-metric router ({METRICS[0]})"
     assert report["nouns"]["counted"] == "objects"
     assert report["judge"]["name"] == "Objects right"
-    assert report["methods"][0]["numbers"]["judge_50"]["mean"] == 0, "plain pictures hold nothing"
+    rows = [report["methods"][0], *report["cascade"]["rows"]]
+    for row in rows:
+        assert row["numbers"]["judge_50"]["mean"] == 0, "plain pictures hold nothing"
+    assert [row["key"] for row in rows[1:]] == ["before", "after", "quality", "oracle"]
+    assert report["cascade"]["pictures"] == 2 * 20
+    assert result.stdout.splitlines()[2].startswith("After a look at the edge's picture, half of")
     text = page.read_text(encoding="utf-8")
     assert text.count("data:image/png;base64,") == 2 * len(report["regrets"])
     assert "edge@eeeeeeeeeeee on the device" in text
@@ -144,7 +157,7 @@ def test_a_router_that_is_there_is_not_trained(labels, encoder, tmp_path):
     others = tmp_path / "others.parquet"
     write(replace(read(labels / "labels.parquet"), digest="by others"), others)
     result = run(
-        "--labels", labels / "labels.parquet", "--text-encoder", encoder, "--router", router,
+        "--labels", labels / "by-clip.parquet", "--text-encoder", encoder, "--router", router,
         "--held-out", 20, "--seeds", 1, "--predictor", "linear", "--threads", 1,
         "--judge-scores", others, "--work", tmp_path / "work",
         "--json", numbers,
@@ -152,7 +165,7 @@ def test_a_router_that_is_there_is_not_trained(labels, encoder, tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads(numbers.read_text(encoding="utf-8"))
     assert report["given_router"]
-    assert (report["predictors"], report["ablations"]) == ("", [])
+    assert (report["predictors"], report["ablations"], report["cascade"]) == ("", [], None)
     assert report["methods"][0]["numbers"]["judge_50"] is not None
     assert "learnt from these very prompts is not known" in result.stdout
     assert {one["route"] for one in report["regrets"]} == {"edge", "cloud"}, "half are sent"
@@ -208,6 +221,30 @@ def test_pictures_are_found_whatever_the_order_of_the_labels(labels):
         assert turned.pair(40 - row, seed) == usual.pair(row, seed) != (None, None)
     assert turned.pair(0, 0) == (None, None)
     assert usual.pair(0, 2) == (None, None)
+
+
+def test_the_judge_tells_what_the_cloud_gains_over_each_picture_of_the_edge(labels):
+    """Of every prompt whose pictures are dark and then bright, it finds all in the bright ones."""
+    prompts = read(labels / "labels.parquet").prompts
+    kept = Kept(labels / "judged", (DIGESTS["edge"], DIGESTS["cloud"]), prompts)
+    for bright, key in ((0, (0, 3, 0)), (255, (0, 3, 1)), (255, (1, 3, 0)), (255, (1, 3, 1))):
+        kept.file(*key).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (128, 128), (bright, 0, 0)).save(kept.file(*key))
+    scene = read_scene(prompts[3])
+    everything = tuple(
+        Found(group.noun, group.colour, (0, 0, 1, 1))
+        for group in scene.groups
+        for _ in range(group.count)
+    )
+
+    class Bright:
+        def read(self, pictures):
+            return [Reading(everything if p[0, 0, 0] else (), "") for p in pictures]
+
+    gain = judged_gain(Bright(), kept, np.array([3]), (0, 1))
+    assert gain.shape == (40, 2)
+    assert gain[3].tolist() == [1, 0]
+    assert np.isnan(np.delete(gain, 3, 0)).all()
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import pytest
 from cloud_server.training.evaluation import details
 from cloud_server.training.evaluation.baselines import Known
 from cloud_server.training.evaluation.curves import Ranking
-from cloud_server.training.evaluation.evaluate import Case, evaluate, train
+from cloud_server.training.evaluation.evaluate import evaluate, train
 from cloud_server.training.evaluation.report import page
 from cloud_server.training.evaluation.splits import cross_validation, held_out
-from cloud_server.training.evaluation.truth import Truth
+from cloud_server.training.evaluation.truth import Case, Truth
 from cloud_server.training.evaluation.verdict import interval, verdict
 
 
