@@ -337,7 +337,7 @@ class EdgeAgent:
         assert call.encoded is not None  # or there would be no look
         try:
             critic = self._edge.critic(self._share)
-            judged = critic.judge(drawn.image, call.request.prompt, call.encoded)
+            judged = critic.judge(drawn.image, call.request.prompt, call.encoded, decision.metrics)
         except (BundleError, GenerationError, MemoryError) as err:
             why = str(err) or "memory ran out"
             return replace(decision, reason=f"kept without a look, which failed: {why}"), call

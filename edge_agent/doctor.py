@@ -172,11 +172,12 @@ def _components(bundle: Bundle, settings: Settings) -> list[dict[str, Any]]:
     try:
         edge.open(drawing=True)
         # Do their answers fit what the bundle says of them?
-        _, encoded = edge.router(0.0).decide("a")
+        decision, encoded = edge.router(0.0).decide("a")
         if bundle.critic:
             from PIL import Image
 
-            edge.critic(0.0).judge(Image.new("RGB", (64, 64)), "a", encoded)
+            grey = Image.new("RGB", (64, 64), "grey")
+            edge.critic(0.0).judge(grey, "a", encoded, decision.metrics)
         for each in networks.known:  # with --memory low one at a time, and only now
             each.open()
     finally:

@@ -73,7 +73,7 @@ def measure(bundle: Bundle, threads: int | None, on_result: OnResult) -> None:
     """
     recorder = _Recorder(bundle, threads)
     edge = Edge(recorder)
-    _, encoded = edge.router(0.0).decide(PROMPT)
+    decision, encoded = edge.router(0.0).decide(PROMPT)
     shared = {bundle.router.text_encoder: encoded}
     preview = bundle.diffusion.preview
     shown = preview is not None and preview.decoder != "vae_decoder"
@@ -81,7 +81,7 @@ def measure(bundle: Bundle, threads: int | None, on_result: OnResult) -> None:
     generator = edge.generator(time.perf_counter)
     drawn = generator.generate(request, shared, SEED, on_event=lambda _: None)
     if bundle.critic:
-        edge.critic(0.0).judge(drawn.image, PROMPT, encoded)
+        edge.critic(0.0).judge(drawn.image, PROMPT, encoded, decision.metrics)
     inputs = {name: one.heard for name, one in recorder.listening.items()}
     recorder.close()  # a provider is not to share the memory with the CPU's copy
     plain = Networks(bundle, provider=Provider.CPU, threads=threads)

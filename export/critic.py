@@ -138,7 +138,8 @@ class Looking(nn.Module):
     """A picture (1, side, side, 3) of bytes and its prompt to qualities (1, k) and D (1, k).
 
     `text` (1, w) is the pooled state of the CLIP's text encoder, `hidden` (1, n, d) and `mask`
-    (1, n) are the prompt as the router reads it. The qualities are `QualityScorer`'s.
+    (1, n) are the prompt as the router reads it, `before` (1, k) is the router's D. The qualities
+    are `QualityScorer`'s.
     """
 
     shift: Tensor
@@ -165,10 +166,10 @@ class Looking(nn.Module):
             self.register_buffer(name, value)
 
     def forward(
-        self, picture: Tensor, text: Tensor, hidden: Tensor, mask: Tensor
+        self, picture: Tensor, text: Tensor, hidden: Tensor, mask: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
         quality = self.quality(picture, text)
-        return quality, self.head(hidden, mask, quality)
+        return quality, self.head(before, hidden, mask, quality)
 
     def quality(self, picture: Tensor, text: Tensor) -> Tensor:
         """Return q (1, k) of RouteT2I, section 4, and the alignment where it is measured."""
@@ -197,7 +198,7 @@ def _looks(router: RouterFolder) -> list[Metric]:
 
 def _network(looking: Looking, source: CriticSource, longest: int) -> Network:
     rng = torch.Generator().manual_seed(0)
-    side, width = source.side, source.router.width
+    side, width, metrics = source.side, source.router.width, len(source.router.spec["metrics"])
 
     def pictures(length: int) -> tuple[Tensor, ...]:
         return (
@@ -205,12 +206,13 @@ def _network(looking: Looking, source: CriticSource, longest: int) -> Network:
             torch.randn(1, source.text.tower.width, generator=rng),
             torch.randn(1, length, width, generator=rng),
             torch.ones(1, length),
+            torch.rand(1, metrics, generator=rng),
         )
 
     words = {1: torch.export.Dim("length", min=2, max=longest)}
-    inputs, outputs = ("picture", "text", "hidden", "mask"), ("quality", "d")
+    inputs, outputs = ("picture", "text", "hidden", "mask", "before"), ("quality", "d")
 
     def trace(file: Path) -> None:
-        trace_symbolically(looking, pictures(7), file, inputs, outputs, ({}, {}, words, words))
+        trace_symbolically(looking, pictures(7), file, inputs, outputs, ({}, {}, words, words, {}))
 
     return Network(looking.eval(), inputs, outputs, trace, [pictures(2), pictures(longest)])

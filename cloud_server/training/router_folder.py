@@ -103,7 +103,7 @@ def train_router(
     learned.model.half().float()  # as its file keeps it
     predicted = prs(learned.predict(features), weights)
     fresh = predicted[count:] if material.calibration else predicted[held_out]
-    critic = critics.train_critic(known, labels, learned, training, seed)
+    critic = critics.train_critic(known, labels, learned, training, held_out, seed)
     trained = Trained(
         learned,
         critic,

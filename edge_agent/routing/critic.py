@@ -1,14 +1,17 @@
 """The critic: the edge has drawn; is its picture good enough, or shall the cloud draw another?
 
-That is a cascade, as FrugalGPT's (Chen et al. 2023, arXiv 2305.05176): what the router can only
-expect of the edge, the critic measures, with the CLIP that made the router's labels. Its answer is
-a score like the router's, under a threshold of its own.
+That is a cascade, as FrugalGPT's (Chen et al. 2023, arXiv 2305.05176). The critic measures the
+picture's qualities with the CLIP that made the router's labels; how far they are from what the
+prompt let expect corrects what the router said. The answer is a score like the router's, under a
+threshold of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from edge_agent.bundle import CriticSpec, Metric
 from edge_agent.recognition.pictures import square
@@ -18,7 +21,7 @@ from edge_agent.routing.router import Encoder, by_metric, judged, words_of
 from edge_agent.types import Decision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from PIL.Image import Image
 
@@ -41,10 +44,13 @@ class Critic:
         self.share = share
         self.threshold = threshold(spec.score_digest, share)
 
-    def judge(self, picture: Image, prompt: str, encoded: Encoded) -> Decision:
+    def judge(
+        self, picture: Image, prompt: str, encoded: Encoded, before: Mapping[str, float]
+    ) -> Decision:
         """Return whether a picture that the edge drew is kept, with its measured qualities.
 
-        `encoded` is the prompt as the router reads it. Raises BundleError for a broken network.
+        `encoded` is the prompt as the router reads it, `before` are the distances that it told.
+        Raises BundleError for a broken network.
         """
         text = self._text_encoder.encode(prompt)
         quality, d = self._network.run(
@@ -52,6 +58,7 @@ class Critic:
                 "picture": square(picture, self._side)[None],
                 "text": text.pooled,
                 **words_of(encoded),
+                "before": np.array([list(before.values())], np.float32),
             }
         )
         distances = by_metric("critic", d, self._metrics)

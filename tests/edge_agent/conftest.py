@@ -152,10 +152,13 @@ def critic(file: Path, taste: float) -> Path:
             helper.make_node("Mul", ["mean", "each"], ["quality"]),
             *(
                 helper.make_node("ReduceSum", [name], [f"{name}_sum"], keepdims=0)
-                for name in ("text", "hidden", "mask", "quality")
+                for name in ("text", "hidden", "mask", "before", "quality")
             ),
-            helper.make_node("Sum", [f"{n}_sum" for n in ("text", "hidden", "mask", "quality")],
-                             ["said"]),
+            helper.make_node(
+                "Sum",
+                [f"{name}_sum" for name in ("text", "hidden", "mask", "before", "quality")],
+                ["said"],
+            ),
             helper.make_node("Mul", ["said", "nothing"], ["silence"]),
             helper.make_node("Add", ["silence", "taste"], ["d"]),
         ],
@@ -164,6 +167,7 @@ def critic(file: Path, taste: float) -> Path:
             "text": (TensorProto.FLOAT, [1, WIDTH]),
             "hidden": (TensorProto.FLOAT, [1, "tokens", WIDTH]),
             "mask": (TensorProto.FLOAT, [1, "tokens"]),
+            "before": (TensorProto.FLOAT, [1, len(METRICS)]),
         },
         {"quality": [1, len(METRICS)], "d": [1, len(METRICS)]},
         [
@@ -172,7 +176,7 @@ def critic(file: Path, taste: float) -> Path:
             tensor("nothing", 0.0),
             tensor("taste", [[taste] * len(METRICS)]),
         ],
-    )  # fmt: skip
+    )
 
 
 def tokenizer(file: Path) -> int:

@@ -105,12 +105,13 @@ def test_the_device_measures_and_judges_as_training_does(with_clip: Job) -> None
     encoder = open_encoder(job.pipeline.folder)
     weights = [metric.weight for metric in bundle.router.metrics]
     for picture, prompt, q in zip(pictures(), PROMPTS, wanted, strict=True):
-        _, encoded = edge.router(0.3).decide(prompt)
-        decision = edge.critic(0.3).judge(picture, prompt, encoded)
+        told, encoded = edge.router(0.3).decide(prompt)
+        decision = edge.critic(0.3).judge(picture, prompt, encoded, told.metrics)
         assert list(decision.quality.values()) == pytest.approx(q, abs=1e-4)
         features = encoder.encode([prompt])
+        before = torch.tensor([list(told.metrics.values())])
         with torch.inference_mode():
-            d = head(features.hidden, features.mask, torch.from_numpy(q)[None]).numpy()[0]
+            d = head(before, features.hidden, features.mask, torch.from_numpy(q)[None]).numpy()[0]
         assert decision.prs == pytest.approx(prs(d, weights), abs=1e-4)
     edge.close()
 

@@ -7,7 +7,7 @@ before. Units are those of the prompts, so that numbers stand beside those of ch
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,20 +30,31 @@ BEFORE: Final = "ours, before drawing"
 AFTER: Final = "ours, after a look at the edge's picture"
 
 
-def cascade(
-    case: Case, plan: Plan, ours: Floats, features: Features, counts: Floats
-) -> dict[str, Any]:
+class Router(Protocol):
+    """The router that a critic corrects."""
+
+    @property
+    def features(self) -> Features:
+        """All prompts, as it reads them."""
+        ...
+
+    def distances(self, rows: Rows, seed: int) -> Floats:
+        """Learn from the prompts `rows`; return D of every prompt (N, k)."""
+        ...
+
+
+def cascade(case: Case, plan: Plan, ours: Floats, router: Router, counts: Floats) -> dict[str, Any]:
     """Return what ways to choose by picture are worth, and what `ours` has more than each.
 
-    `ours` (runs, judged prompts) are scores before drawing, the same for all pictures of a prompt;
-    `counts` (B, judged prompts) are resamples.
+    `ours` (runs, judged prompts) are the `router`'s scores before drawing, the same for all
+    pictures of a prompt; `counts` (B, judged prompts) are resamples.
     """
     labels, names = case.labels, case.labels.metrics
     prompt, seed, truth = pictures(labels, case.weights, plan.rows)
     quality = truth.edge / truth.gaps @ truth.weights
     ways = {
         ("before", BEFORE): ours[:, prompt],
-        ("after", AFTER): after_a_look(features, labels, plan)[:, prompt, seed],
+        ("after", AFTER): after_a_look(router, labels, plan)[:, prompt, seed],
         ("quality", "the picture's quality alone"): -quality[None],
     }
     if ALIGNMENT in names:
@@ -71,19 +82,19 @@ def pictures(labels: Labels, weights: Floats, rows: Rows) -> tuple[Rows, Rows, T
     return prompt, seed, Truth(edge, cloud, weights, dataset_gaps(*mu), gamma)
 
 
-def after_a_look(features: Features, labels: Labels, plan: Plan) -> Floats:
+def after_a_look(router: Router, labels: Labels, plan: Plan) -> Floats:
     """Return what the critic of every run says of the judged pictures (runs, judged, seeds).
 
-    It is in percentiles of a fold, NaN where the edge drew nothing. Trainings that differ by their
-    seed only give one run: the critic's knows no chance.
+    It is in percentiles of a fold, NaN where the edge drew nothing.
     """
-    runs = plan.runs[:1] if len(plan.runs[0]) == 1 else plan.runs
-    ranks = np.empty((len(runs), len(plan.rows), len(labels.seeds)))
-    for r, run in enumerate(runs):
+    features = router.features
+    ranks = np.empty((len(plan.runs), len(plan.rows), len(labels.seeds)))
+    for r, run in enumerate(plan.runs):
         for fold in run:
             mu, gamma, _ = distances(labels, fold.training)
             head = fit_head(features, labels, mu, gamma, fold.training)
-            scores = scored(head, features, labels, fold.judged)
+            d = router.distances(fold.training, fold.seed)
+            scores = scored(head, d, features, labels, fold.judged)
             drawn = np.isfinite(scores)
             scores[drawn] = percentiles(scores[drawn])
             ranks[r, np.searchsorted(plan.rows, fold.judged)] = scores

@@ -179,7 +179,7 @@ def evaluate_router_command(
             all_methods(case, network, Given(router, features, where) if router else network),
             network.ablations() if wanted and not router else [],
             # A router that is given may know the judged prompts, which no critic trained here does.
-            features=None if router else features,
+            router=None if router else network,
             seed=seed,
             progress=lambda name: click.echo(f"{name} ...", err=True),
         )

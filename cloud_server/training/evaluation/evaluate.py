@@ -15,10 +15,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cloud_server.training.encoders import Features
 from cloud_server.training.evaluation import details
 from cloud_server.training.evaluation.baselines import Method
-from cloud_server.training.evaluation.cascade import AFTER, cascade
+from cloud_server.training.evaluation.cascade import AFTER, Router, cascade
 from cloud_server.training.evaluation.curves import percentiles
 from cloud_server.training.evaluation.measures import (
     GRID,
@@ -55,13 +54,13 @@ def evaluate(
     methods: Sequence[Method],
     ablations: Sequence[Method] = (),
     *,
-    features: Features | None = None,
+    router: Router | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Judge `methods`, among which one has the key "ours", and `ablations` against their first.
 
-    With `features` of all prompts a critic is trained and judged too, on labels by a CLIP: what
+    Of "ours" as a `router` a critic is trained and judged too, on labels by a CLIP: what
     people rated, a device cannot measure.
     """
     truth = Truth.of(case.labels, case.weights, plan.rows)
@@ -77,9 +76,9 @@ def evaluate(
         compared.add(method.key, scores.ranks)
     ours = trained[OURS]
     after = None
-    if features is not None and case.labels.origin.get("scorer"):
+    if router is not None and case.labels.origin.get("scorer"):
         progress(AFTER)
-        after = cascade(case, plan, ours.ranks, features, counts)
+        after = cascade(case, plan, ours.ranks, router, counts)
     predicted = 1.0 - ours.raw.mean(0)
     sent = ours.ranks[0] > 0.5
     report: Report = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,24 +51,32 @@ class Network:
     related: Floats | None = None
     kinds: list[str] | None = None
     learns: bool = True
+    known: dict[tuple[bytes, int], Floats] = field(default_factory=dict)
 
     def fit(self, rows: Rows, seed: int) -> Floats:
         """Return 1 - prs, predicted for every prompt (N,)."""
-        learned = learn(
-            self.features,
-            self.labels,
-            self.weights,
-            rows,
-            seed,
-            settings=self.settings,
-            work=self.work,
-            budget=self.budget,
-            device=self.device,
-            related=self.related,
-        )
-        if self.kinds is not None:
-            self.kinds.append(learned.model.config.kind)
-        return 1.0 - prs(learned.predict(self.features), self.weights)
+        return 1.0 - prs(self.distances(rows, seed), self.weights)
+
+    def distances(self, rows: Rows, seed: int) -> Floats:
+        """Return D, predicted for every prompt (N, k); what was learnt before is remembered."""
+        key = rows.tobytes(), seed
+        if key not in self.known:
+            learned = learn(
+                self.features,
+                self.labels,
+                self.weights,
+                rows,
+                seed,
+                settings=self.settings,
+                work=self.work,
+                budget=self.budget,
+                device=self.device,
+                related=self.related,
+            )
+            if self.kinds is not None:
+                self.kinds.append(learned.model.config.kind)
+            self.known[key] = learned.predict(self.features)
+        return self.known[key]
 
     def single_metric(self) -> Network:
         """Return the same router learnt on the metric of most weight alone."""
@@ -88,13 +96,16 @@ class Network:
             labels=labels,
             weights=np.ones(1),
             kinds=None,
+            known={},
         )
 
     def ablations(self) -> list[Network]:
         """Return the gated network, and that without each of its ideas."""
         gated = replace(self.settings, predictor="gated")
         return [
-            replace(self, key=key, name=name, settings=replace(gated, **without), kinds=None)
+            replace(
+                self, key=key, name=name, settings=replace(gated, **without), kinds=None, known={}
+            )
             for key, name, without in ABLATIONS
         ]
 

@@ -16,9 +16,10 @@ from cloud_server.training.labels import Labels, join
 from cloud_server.training.predictor import LinearPredictor, PredictorConfig
 from cloud_server.training.quality import Metric
 from cloud_server.training.router import Learned, distances
-from edge_agent.routing.pareto import prs, quality_distance
+from edge_agent.routing.pareto import prs
 
 WIDTH, NAMES = 6, ("Detail", "Layout", "Alignment")
+HALF = np.full((120, 3), 0.5)
 SCORER = {"clip": "clip", "digest": "c" * 64, "alignment": {"distractors": 16, "sharpness": 0.25}}
 
 
@@ -40,6 +41,7 @@ def made_up(count: int = 120, seeds: int = 3, noise: float = 0.02) -> tuple[Feat
 
 
 def learned(labels: Labels, rows: np.ndarray) -> Learned:
+    """A router that knows nothing: D is 1/2 for every prompt."""
     config = PredictorConfig(width=WIDTH, experts=len(labels.metrics), kind="linear")
     return Learned(LinearPredictor(config), *distances(labels, rows), "cpu")
 
@@ -51,29 +53,50 @@ def test_after_a_look_it_is_known_which_pictures_the_cloud_improves() -> None:
     head = fit_head(features, labels, known.mu, known.gamma, rows[:80])
     predicted, true = looked(head, features, labels, known, rows[80:]).T
     assert len(predicted) == 40 * 3
-    assert np.corrcoef(predicted, true)[0, 1] > 0.9
+    assert np.corrcoef(predicted, true)[0, 1] > 0.8
     # The same where every picture has another's qualities: nothing is known then.
     shuffled = np.random.default_rng(1).permutation(labels.q[0].reshape(-1, 3)).reshape(120, 3, 3)
     blind = replace(labels, q=np.stack([shuffled, labels.q[1]]))
-    told = 1 - scored(head, features, blind, rows[80:]).ravel()
+    told = looked(head, features, blind, known, rows[80:])[:, 0]
     assert abs(np.corrcoef(told, true)[0, 1]) < 0.4
 
 
-def test_the_head_is_prs_with_the_measured_quality_and_a_linear_cloud() -> None:
+def test_a_picture_as_good_as_expected_leaves_the_router_its_say() -> None:
     features, labels = made_up()
     rows = np.arange(120)
     mu, gamma, _ = distances(labels, rows)
     head = fit_head(features, labels, mu, gamma, rows)
+    before = torch.rand(120, 3, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        said = critics.pooled(features.hidden, features.mask)
+        expected = said @ head.weight.T + head.bias
+        better = expected + 0.1
+        same, more = (
+            head(before, features.hidden, features.mask, q).numpy() for q in (expected, better)
+        )
+    np.testing.assert_allclose(same, before, atol=1e-5)
+    luck = critics.TRUST * 0.1 / (gamma * np.abs(mu[0] - mu[1]))
+    told = before.numpy() / (1 - before.numpy())
+    np.testing.assert_allclose(more / (1 - more), told * np.exp(luck), rtol=1e-3)
+    scores = scored(head, before.numpy(), features, labels, rows)[:, 0]
     quality = torch.from_numpy(labels.q[0, :, 0]).float()
     with torch.inference_mode():
-        d = head(features.hidden, features.mask, quality).numpy()
-        inputs = torch.cat([critics.pooled(features.hidden, features.mask), quality], 1)
-        cloud = (inputs @ head.weight.T + head.bias).numpy()
-    assert np.corrcoef(cloud.ravel(), labels.mean[1].ravel())[0, 1] > 0.9
-    wanted = quality_distance(quality.numpy(), cloud, *mu, gamma=gamma)
-    np.testing.assert_allclose(d, wanted, atol=1e-4)
-    scores = scored(head, features, labels, rows)[:, 0]
+        d = head(before, features.hidden, features.mask, quality).numpy()
     np.testing.assert_allclose(scores, 1 - prs(d, labels.weights), atol=1e-5)
+
+
+def test_what_the_edge_is_expected_to_reach_is_learnt_from_the_prompt() -> None:
+    features, labels = made_up()
+    said = critics.pooled(features.hidden, features.mask).numpy()
+    q = labels.q.copy()
+    q[0] = (0.5 + 0.05 * said[:, None, :3]) + np.random.default_rng(2).normal(0, 0.01, q[0].shape)
+    rows = np.arange(120)
+    head = fit_head(
+        features, replace(labels, q=q), np.array([[0.4] * 3, [0.6] * 3]), 2.0, rows[:80]
+    )
+    with torch.inference_mode():
+        expected = said[80:] @ head.weight.numpy().T + head.bias.numpy()
+    assert np.corrcoef(expected.ravel(), q[0, 80:].mean(1).ravel())[0, 1] > 0.9
 
 
 def test_seeds_that_a_prompt_lacks_are_no_pictures() -> None:
@@ -85,25 +108,10 @@ def test_seeds_that_a_prompt_lacks_are_no_pictures() -> None:
     rows = np.arange(120)
     known = learned(joined, rows)
     head = fit_head(features, joined, known.mu, known.gamma, rows)
-    scores = scored(head, features, joined, rows)
+    scores = scored(head, HALF, features, joined, rows)
     assert np.isfinite(scores[:60]).sum(1).tolist() == [3] * 60
     assert np.isfinite(scores[60:]).sum(1).tolist() == [1] * 60
     assert len(looked(head, features, joined, known, rows)) == 60 * 3 + 60
-
-
-def test_what_never_varies_weighs_nothing() -> None:
-    features, labels = made_up()
-    still = features.hidden.clone()
-    still[..., 0] = 0.25
-    q = labels.q.copy()
-    q[0, ..., 1] = 0.5
-    head = fit_head(
-        Features(still, features.mask), replace(labels, q=q), np.array([[0.4] * 3, [0.6] * 3]), 2.0,
-        np.arange(120),
-    )  # fmt: skip
-    assert torch.isfinite(head.weight).all()
-    assert not head.weight[:, 0].any()
-    assert not head.weight[:, 2 * WIDTH + 1 + 1].any()
 
 
 def test_one_metric_is_enough() -> None:
@@ -114,8 +122,8 @@ def test_one_metric_is_enough() -> None:
     rows = np.arange(120)
     mu, gamma, _ = distances(one, rows)
     head = fit_head(features, one, mu, gamma, rows)
-    assert head.weight.shape == (1, 2 * WIDTH + 2)
-    assert np.isfinite(scored(head, features, one, rows)).all()
+    assert head.weight.shape == (1, 2 * WIDTH + 1)
+    assert np.isfinite(scored(head, HALF[:, :1], features, one, rows)).all()
 
 
 def test_a_saved_head_is_the_same(tmp_path) -> None:
@@ -126,17 +134,17 @@ def test_a_saved_head_is_the_same(tmp_path) -> None:
     critics.save(head, tmp_path)
     again = critics.load(tmp_path)
     np.testing.assert_array_equal(
-        scored(head, features, labels, rows), scored(again, features, labels, rows)
+        scored(head, HALF, features, labels, rows), scored(again, HALF, features, labels, rows)
     )
 
 
 def test_the_digest_is_of_pictures_that_the_head_did_not_learn_from() -> None:
     features, labels = made_up()
-    rows = np.arange(100)
-    critic = train_critic(features, labels, learned(labels, rows), rows, seed=1)
+    rows = np.arange(80)
+    critic = train_critic(features, labels, learned(labels, rows), rows, np.arange(80, 100), seed=1)
     assert critic is not None
     assert len(critic.digest) == 200
-    fresh = scored(critic.head, features, labels, np.arange(100, 120))
+    fresh = scored(critic.head, HALF, features, labels, np.arange(100, 120))
     sent = np.mean(fresh > critic.digest[140])  # the quantile of a share of 30 %
     assert 0.1 < sent < 0.5
     assert critic.facts["clip"] == {"name": "clip", "digest": "c" * 64}
@@ -153,7 +161,7 @@ def test_the_device_compares_as_the_labels_did(
     features, labels = made_up()
     labels = replace(labels, origin={"scorer": {**SCORER, "alignment": alignment}})
     rows = np.arange(120)
-    critic = train_critic(features, labels, learned(labels, rows), rows, seed=1)
+    critic = train_critic(features, labels, learned(labels, rows), rows, rows, seed=1)
     assert critic is not None
     assert critic.others == others
 
@@ -162,4 +170,4 @@ def test_ratings_by_people_teach_no_critic() -> None:
     features, labels = made_up()
     rows = np.arange(120)
     labels = replace(labels, origin={"models": {}})
-    assert train_critic(features, labels, learned(labels, rows), rows, seed=1) is None
+    assert train_critic(features, labels, learned(labels, rows), rows, rows, seed=1) is None

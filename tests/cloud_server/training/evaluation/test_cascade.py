@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,10 +41,23 @@ def noisy():
     return replace(made, labels=replace(made.labels, described=described, origin=CLIP))
 
 
+@dataclass(frozen=True)
+class Told:
+    """A router that was told of every prompt what can be known before drawing."""
+
+    features: Features
+    signal: Any
+
+    def distances(self, rows, seed):
+        """D falls where the cloud gains; trainings by odd seeds see a little less."""
+        d = 1 / (1 + np.exp(0.15 * (self.signal - self.signal.mean()) * (1 - 0.1 * (seed % 2))))
+        return np.repeat(d[:, None], len(METRICS), axis=1)
+
+
 @pytest.fixture(scope="module")
-def features(noisy):
+def router(noisy):
     hidden = torch.from_numpy(noisy.embeddings[:, None]).float()
-    return Features(hidden, torch.ones(hidden.shape[:2]))
+    return Told(Features(hidden, torch.ones(hidden.shape[:2])), noisy.signal)
 
 
 def case(world, judge_pictures=None):
@@ -60,21 +74,21 @@ def methods(world):
 
 
 @pytest.fixture(scope="module")
-def report(noisy, features):
+def report(noisy, router):
     """The judge sees what CLIP sees of the first metric, by a tenth of it."""
     q = noisy.labels.q[..., 0]
     judged = 0.1 * (q[1].mean(1, keepdims=True) - q[0])
     plan = held_out(noisy.labels.prompts, 160, 2, 0)
-    return evaluate(case(noisy, judged), plan, methods(noisy), features=features)
+    return evaluate(case(noisy, judged), plan, methods(noisy), router=router)
 
 
 def by_key(cascaded):
     return {row["key"]: row for row in cascaded["rows"]}
 
 
-def chosen(world, plan, features, ours, seed=0):
+def chosen(world, plan, router, ours, seed=0):
     counts = resamples(len(plan.rows), seed)
-    return by_key(cascade(case(world), plan, ours, features, counts))
+    return by_key(cascade(case(world), plan, ours, router, counts))
 
 
 def test_a_look_beats_all_that_can_be_known_before_drawing(report):
@@ -83,10 +97,9 @@ def test_a_look_beats_all_that_can_be_known_before_drawing(report):
     less = rows["after"]["ours_more"]
     for number in ("delta_p_50", "apgr", "judge_50"):
         assert less[number]["high"] < 0, number
-    assert rows["quality"]["ours_more"]["apgr"]["mean"] > less["apgr"]["mean"]
     assert rows["before"]["ours_more"]["delta_p_50"] == {"mean": 0, "low": 0, "high": 0, "n": 160}
     assert report["cascade"]["pictures"] == 4 * 160
-    assert len(rows["after"]["runs"]["apgr"]) == 1, "both trainings are the same one"
+    assert len(rows["after"]["runs"]["apgr"]) == 2
 
 
 def test_no_way_is_better_than_the_oracle(report):
@@ -109,13 +122,13 @@ def test_a_choice_by_prompt_is_worth_the_same_by_picture(report):
         assert by_picture[number] == pytest.approx(by_prompt[number]), number
 
 
-def test_pictures_that_are_copies_narrow_no_interval(noisy, features):
+def test_pictures_that_are_copies_narrow_no_interval(noisy, router):
     once = replace(noisy.labels, q=noisy.labels.q[:, :, :1], seeds=(0,))
     copied = replace(noisy.labels, q=once.q.repeat(4, 2))
     plan = held_out(noisy.labels.prompts, 160, 1, 0)
     ours = noisy.signal[plan.rows][None]
     one, four = (
-        chosen(replace(noisy, labels=labels), plan, features, ours) for labels in (once, copied)
+        chosen(replace(noisy, labels=labels), plan, router, ours) for labels in (once, copied)
     )
     for key in ("before", "quality", "oracle"):
         for part in ("numbers", "ours_more"):
@@ -125,38 +138,38 @@ def test_pictures_that_are_copies_narrow_no_interval(noisy, features):
                     assert four[key][part][number] == expected, (key, part, number)
 
 
-def test_the_critic_learns_nothing_from_prompts_that_are_judged(noisy, features):
+def test_the_critic_learns_nothing_from_prompts_that_are_judged(noisy, router):
     plan = held_out(noisy.labels.prompts, 160, 1, 0)
     q = noisy.labels.q.copy()
     q[1, plan.rows] = 1 - q[1, plan.rows]
     changed = replace(noisy.labels, q=q)
-    found = after_a_look(features, noisy.labels, plan)
-    np.testing.assert_array_equal(after_a_look(features, changed, plan), found)
+    found = after_a_look(router, noisy.labels, plan)
+    np.testing.assert_array_equal(after_a_look(router, changed, plan), found)
     training = plan.runs[0][0].training
     q[1, training] = 1 - q[1, training]
-    assert (after_a_look(features, changed, plan) != found).any()
+    assert (after_a_look(router, changed, plan) != found).any()
 
 
-def test_every_fold_judges_in_percentiles_of_its_own(noisy, features):
+def test_every_fold_judges_in_percentiles_of_its_own(noisy, router):
     labels = replace(noisy.labels, q=noisy.labels.q.copy())
     labels.q[:, 7, 1] = np.nan  # as of a prompt that was drawn with fewer seeds
     plan = cross_validation(labels.prompts, 4, 2, 0)
-    found = after_a_look(features, labels, plan)
+    found = after_a_look(router, labels, plan)
     assert found.shape == (2, 240, 4)
     assert np.argwhere(np.isnan(found)).tolist() == [[0, 7, 1], [1, 7, 1]]
     for run, ranks in zip(plan.runs, found, strict=True):
         for fold in run:
             assert np.nanmean(ranks[fold.judged]) == pytest.approx(0.5)
     assert (found[0] != found[1]).any()
-    rows = chosen(replace(noisy, labels=labels), plan, features, noisy.signal[None])
+    rows = chosen(replace(noisy, labels=labels), plan, router, noisy.signal[None])
     assert len(rows["after"]["runs"]["apgr"]) == 2
 
 
-def test_alignment_is_a_way_of_its_own_where_it_was_measured(noisy, features):
+def test_alignment_is_a_way_of_its_own_where_it_was_measured(noisy, router):
     aligned = replace(noisy.labels, metrics=(*METRICS[:2], ALIGNMENT))
     plan = held_out(noisy.labels.prompts, 160, 1, 0)
     ours = noisy.signal[plan.rows][None]
-    rows = chosen(replace(noisy, labels=aligned), plan, features, ours)
+    rows = chosen(replace(noisy, labels=aligned), plan, router, ours)
     assert list(rows) == ["before", "after", "quality", "alignment", "oracle"]
     shown = rows["alignment"]["numbers"]
     best = max(rows, key=lambda key: rows[key]["numbers"][f"metric_50 {ALIGNMENT}"]["mean"])
@@ -178,14 +191,14 @@ def test_pictures_are_counted_in_the_units_of_their_prompts(noisy):
     assert abs(replace(truth, gamma=None).prs - truth.prs).max() > 0.01
 
 
-def test_ratings_cannot_be_looked_at(noisy, features):
+def test_ratings_cannot_be_looked_at(noisy, router):
     plan = held_out(noisy.labels.prompts, 160, 1, 0)
     rated = replace(noisy, labels=replace(noisy.labels, origin={}))
-    found = evaluate(case(rated), plan, methods(noisy), features=features)
+    found = evaluate(case(rated), plan, methods(noisy), router=router)
     assert found["cascade"] is None
     assert len(found["verdict"]["sentences"]) == 2
     assert "After a look" not in page(found | EXTRAS | {"judge": None}, {})
-    assert evaluate(case(noisy), plan, methods(noisy))["cascade"] is None, "no features"
+    assert evaluate(case(noisy), plan, methods(noisy))["cascade"] is None, "no router"
 
 
 def test_the_page_shows_it_and_the_verdict_says_it(report):
