@@ -31,6 +31,7 @@ from edge_agent.errors import (
 from edge_agent.prompt import DEFAULT_DEADLINE_S, MAX_SEED, check_prompt, check_request
 from edge_agent.routing.budget.ledger import Ledger, Reservation
 from edge_agent.routing.budget.pacer import Pacer
+from edge_agent.routing.critic import critic_of
 from edge_agent.routing.encoder import Encoded
 from edge_agent.routing.router import undecided, under
 from edge_agent.runtime.memory import peak_rss
@@ -152,18 +153,13 @@ class EdgeAgent:
         threads: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if cascade and bundle.critic is None:
-            raise ConfigError(
-                f"the bundle {bundle.path} has no critic to look at pictures with; export it with "
-                "a router that has one, or leave the cascade away"
-            )
+        self._critic = critic_of(bundle) if cascade else None
         self.bundle = bundle
         networks = Networks(bundle, provider=provider, memory=memory, threads=threads)
         self._edge = Edge(networks)
         self._cloud = None if offline else cloud
         self._share = bundle.router.default_share if share is None else share
         self._budget = None if self._cloud is None else budget
-        self._critic = bundle.critic if cascade else None
         self._pacer = Pacer((self._critic or bundle.router).score_digest, self._share)
         self._offline = offline
         self._clock = clock
@@ -187,7 +183,7 @@ class EdgeAgent:
 
     def open(self, *, drawing: bool = True) -> None:
         """Open the networks now, not at the first request; without `drawing` those that decide."""
-        self._edge.open(drawing=drawing)
+        self._edge.open(drawing=drawing, looking=drawing and self._critic is not None)
 
     def route(self, prompt: str) -> Decision:
         """Decide where `prompt` would be drawn; opens no socket, draws and spends nothing.

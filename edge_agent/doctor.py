@@ -10,6 +10,7 @@ from typing import Any
 from edge_agent.bundle import Bundle, Loss, open_bundle
 from edge_agent.config import OPTIONS, Settings
 from edge_agent.errors import AgentError
+from edge_agent.routing.critic import critic_of
 
 Note = Callable[[str], None]
 
@@ -110,6 +111,8 @@ def _bundle(settings: Settings, measure: Note | None) -> dict[str, Any]:
         bundle = open_bundle(settings.bundle)
         if measure is not None:
             _measure(bundle, settings.threads, measure)
+        if settings.cascade:
+            critic_of(bundle)
         return {**found, "ok": True, **_contents(bundle, settings)}
     except AgentError as err:
         return {**found, "ok": False, "error": str(err)}

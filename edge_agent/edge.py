@@ -7,7 +7,7 @@ from threading import Lock
 
 from edge_agent.diffusion.decoding import SMALL_TILE
 from edge_agent.diffusion.generator import EdgeGenerator, guides, latents_of
-from edge_agent.routing.critic import Critic
+from edge_agent.routing.critic import Critic, critic_of
 from edge_agent.routing.encoder import TextEncoder, Tokenizer
 from edge_agent.routing.router import Router
 from edge_agent.runtime.network import Backend, Shapes
@@ -40,18 +40,12 @@ class Edge:
             return self._router
 
     def critic(self, share: float) -> Critic:
-        """Return what looks at pictures, of a bundle that has a critic."""
+        """Return what looks at pictures; raises ConfigError where the bundle has no critic."""
         with self._lock:
             if self._critic is None:
-                assert self.bundle.critic is not None
                 encoder, network = self._looking()
-                self._critic = Critic(
-                    self._text_encoder(encoder),
-                    network,
-                    self.bundle.critic,
-                    self.bundle.router.metrics,
-                    share,
-                )
+                spec, metrics = critic_of(self.bundle), self.bundle.router.metrics
+                self._critic = Critic(self._text_encoder(encoder), network, spec, metrics, share)
             return self._critic
 
     def generator(self, clock: Callable[[], float]) -> EdgeGenerator:
@@ -75,14 +69,16 @@ class Edge:
                 )
             return self._generator
 
-    def open(self, *, drawing: bool) -> None:
-        """Open the networks that decide and, with `drawing`, those that draw.
+    def open(self, *, drawing: bool, looking: bool = False) -> None:
+        """Open the networks that decide and, if so, those that draw and that look.
 
         Not in memory mode `low`, which opens each right before its run.
         """
         self._networks.open_now(*self._deciding(), known=self._fed())
         if drawing:
             self._networks.open_now(*self._drawing(), known=self._fed())
+        if looking:
+            self._networks.open_now(*self._looking(), known=self._fed())
 
     def open_soon(self, request: Request, *, likely: bool, looking: bool = False) -> None:
         """Open what would draw `request` in the background, if it is `likely` that it will.
@@ -122,8 +118,7 @@ class Edge:
         return [self._text_network(spec.text_encoder), predictor]
 
     def _looking(self) -> list[LazyNetwork]:
-        spec = self.bundle.critic
-        assert spec is not None  # or nobody would look
+        spec = critic_of(self.bundle)
         network = self._networks.get(spec.network, precise=True)
         return [self._text_network(spec.text_encoder), network]
 

@@ -114,6 +114,11 @@ def open_critic(source: str, router: RouterFolder) -> CriticSource:
             f"the router in '{router.folder}' has no critic: its labels name no CLIP, or it was "
             "trained by an earlier version; leave --critic away, or train it again"
         )
+    if not (router.folder / critics.WEIGHTS).is_file():
+        raise ExportError(
+            f"the router in '{router.folder}' speaks of a critic but has no {critics.WEIGHTS}; "
+            "fetch or train it again"
+        )
     model, _, pretrained = source.partition("/")
     try:
         is_folder = Path(source).is_dir()

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_agent.bundle import CriticSpec, Metric
+from edge_agent.bundle import Bundle, CriticSpec, Metric
+from edge_agent.errors import ConfigError
 from edge_agent.recognition.pictures import square
 from edge_agent.routing.encoder import Encoded, Session
 from edge_agent.routing.policy import threshold
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from PIL.Image import Image
+
+
+def critic_of(bundle: Bundle) -> CriticSpec:
+    """Return what a cascade with this bundle looks by; raises ConfigError where it cannot."""
+    if bundle.critic is None:
+        raise ConfigError(
+            f"the bundle {bundle.path} has no critic to look at pictures with; export it with "
+            "a router that has one, or leave the cascade away"
+        )
+    return bundle.critic
 
 
 class Critic:

@@ -193,6 +193,12 @@ def test_what_the_edge_cannot_draw_the_cloud_does(
     assert not result.decision.quality
 
 
+def test_all_networks_can_be_opened_beforehand(make_agent: MakeAgent) -> None:
+    agent = make_agent(PLEASED, cloud=Cloud())
+    agent.open()
+    assert set(agent.backends) == {"text_encoder", "predictor", "unet", "vae_decoder", "critic"}
+
+
 def test_low_memory_looks_as_well(make_agent: MakeAgent) -> None:
     cloud = Cloud()
     agent = make_agent(HARSH, cloud=cloud, memory=Memory.LOW)

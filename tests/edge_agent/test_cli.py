@@ -572,6 +572,9 @@ def test_a_cascade_needs_a_critic(command: Command) -> None:
     done = command("generate", HARD, EDGE_AGENT_CASCADE="yes")
     assert done.returncode == 2
     assert "has no critic to look at pictures with; export it with" in done.stderr
+    done = command("doctor", EDGE_AGENT_CASCADE="yes")
+    assert done.returncode == 1
+    assert "has no critic to look at pictures with" in done.stdout
 
 
 def test_doctor_opens_and_measures_the_critic_too(

@@ -189,6 +189,9 @@ def test_what_cannot_be_the_critics_clip_is_refused_in_words(
         open_critic(str(tmp_path), router)
     with pytest.raises(ExportError, match=r"there is no CLIP model 'nobody'"):
         open_critic("nobody/nothing", router)
+    (router.folder / critics.WEIGHTS).unlink()
+    with pytest.raises(ExportError, match=r"speaks of a critic but has no critic.safetensors"):
+        open_critic(str(clip), router)
 
 
 def test_a_clip_that_the_device_would_read_otherwise_is_refused(
