@@ -3,7 +3,7 @@
 Of a finished picture the qualities q are measured, by the CLIP that labelled. How far they are from
 what its prompt let expect corrects the router's D_i (RouteT2I, section 3) in their own units:
 
-    D'_i = sigmoid(logit(D_i) + TRUST (q_i - E[q_i | prompt]) / (Gamma gap_i))
+    D'_i = sigmoid(logit(D_i) + trust_i (q_i - E[q_i | prompt]) / (Gamma gap_i))
 
 Asking the large model only where the small one fell short is a cascade, as FrugalGPT's (Chen et al.
 2023, arXiv 2305.05176) for text.
@@ -37,14 +37,15 @@ Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
 WEIGHTS = "critic.safetensors"
-# How far a picture's own luck counts. With 1 all that CLIP measures counts, also what another
-# drawing of the same prompt would have by chance, and a judge that is not CLIP agrees less. On 700
-# captions of the starter pair, one picture each, learnt from others by a linear router; Delta P at
-# half of the calls by CLIP in %, and APGR by the judge of objects, whose intervals are some 0.03:
-#     TRUST     0     0.05   0.1   0.15   0.2   0.35   0.5    1
-#     Delta P   109   148    166   176    183   185    186    171
-#     judge     0.65  0.66   0.65  0.64   0.62  0.60   0.59   0.58
-TRUST = 0.1
+# How far a picture's own luck counts, in how it looks and in whether it shows its prompt. With 1 all
+# that CLIP measures counts, also what another drawing would have by chance, and a judge that is not
+# CLIP agrees less. On 700 captions of the starter pair, one picture each, learnt from others by a
+# linear router; Delta P at half of the calls by CLIP in %, and APGR by the judge of objects:
+#     looks       0      0.05   0.05   0.1    0.1    0.2    0.35   1
+#     alignment   0      0.05   0.2    0.1    0.2    0.2    0.35   1
+#     Delta P     109    148    158    166    171    183    185    171
+#     judge       0.654  0.660  0.667  0.649  0.652  0.624  0.603  0.575
+LOOKS_TRUST, ALIGNMENT_TRUST = 0.05, 0.2
 EPSILON = 1e-6
 BATCH = 1024
 
@@ -53,7 +54,7 @@ class CriticHead(nn.Module):
     """D of the router (B, k), states (B, n, d), mask (B, n), measured qualities (B, k) to D (B, k).
 
     Expected qualities are linear in `predictor.pooled` of the states; `scale` (k,) is Gamma times
-    the gap of the models' means, over TRUST.
+    the gap of the models' means, over the trust.
     """
 
     def __init__(self, width: int, metrics: int) -> None:
@@ -126,11 +127,12 @@ def fit_head(
     """Fit what quality the edge is expected to reach; `mu` (2, k) and `gamma` as in `Learned`."""
     inputs = pooled(*features.at(training)).double().numpy()
     fit = fit_columns(inputs, labels.mean[0, training])
+    trust = [ALIGNMENT_TRUST if name == ALIGNMENT else LOOKS_TRUST for name in labels.metrics]
     head = CriticHead(features.hidden.shape[-1], len(labels.metrics))
     head.load_state_dict({
         "weight": torch.from_numpy(fit.weight.T).float(),
         "bias": torch.from_numpy(fit.bias).float(),
-        "scale": torch.from_numpy(gamma * dataset_gaps(*mu) / TRUST).float(),
+        "scale": torch.from_numpy(gamma * dataset_gaps(*mu) / trust).float(),
     })  # fmt: skip
     return head.eval()
 

@@ -53,7 +53,7 @@ def test_after_a_look_it_is_known_which_pictures_the_cloud_improves() -> None:
     head = fit_head(features, labels, known.mu, known.gamma, rows[:80])
     predicted, true = looked(head, features, labels, known, rows[80:]).T
     assert len(predicted) == 40 * 3
-    assert np.corrcoef(predicted, true)[0, 1] > 0.8
+    assert np.corrcoef(predicted, true)[0, 1] > 0.7
     # The same where every picture has another's qualities: nothing is known then.
     shuffled = np.random.default_rng(1).permutation(labels.q[0].reshape(-1, 3)).reshape(120, 3, 3)
     blind = replace(labels, q=np.stack([shuffled, labels.q[1]]))
@@ -75,7 +75,8 @@ def test_a_picture_as_good_as_expected_leaves_the_router_its_say() -> None:
             head(before, features.hidden, features.mask, q).numpy() for q in (expected, better)
         )
     np.testing.assert_allclose(same, before, atol=1e-5)
-    luck = critics.TRUST * 0.1 / (gamma * np.abs(mu[0] - mu[1]))
+    trust = [critics.LOOKS_TRUST, critics.LOOKS_TRUST, critics.ALIGNMENT_TRUST]
+    luck = np.array(trust) * 0.1 / (gamma * np.abs(mu[0] - mu[1]))
     told = before.numpy() / (1 - before.numpy())
     np.testing.assert_allclose(more / (1 - more), told * np.exp(luck), rtol=1e-3)
     scores = scored(head, before.numpy(), features, labels, rows)[:, 0]
