@@ -37,7 +37,7 @@ Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
 WEIGHTS = "critic.safetensors"
-# How far a picture's own luck counts, in how it looks and in whether it shows its prompt. With 1 all
+# How far a picture's own luck counts, in its looks and in whether it shows its prompt. With 1 all
 # that CLIP measures counts, also what another drawing would have by chance, and a judge that is not
 # CLIP agrees less. On 700 captions of the starter pair, one picture each, learnt from others by a
 # linear router; Delta P at half of the calls by CLIP in %, and APGR by the judge of objects:
