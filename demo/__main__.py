@@ -93,7 +93,7 @@ def run(starter: Path, share: float, seed: int, *, cascade: bool = False) -> Non
             results.append(_draw_without_cloud(agent, server, results, seed))
     files = [_write(pictures, number, result) for number, result in enumerate(results, 1)]
     sheet = HERE / "contact-sheet.png"
-    _sheet(results, share, cascade).save(sheet)
+    _sheet(results, share, cascade=cascade).save(sheet)
     report = HERE / "report.json"
     records = [result_to_json(r, f.relative_to(HERE)) for r, f in zip(results, files, strict=True)]
     report.write_text(json.dumps({"share": share, "seed": seed, "results": records}, indent=2))
@@ -196,7 +196,7 @@ def _write(folder: Path, number: int, result: Result) -> Path:
     return file
 
 
-def _sheet(results: Sequence[Result], share: float, cascade: bool) -> Image.Image:
+def _sheet(results: Sequence[Result], share: float, *, cascade: bool) -> Image.Image:
     tiles = []
     for result in results:
         kind, label = (

@@ -20,6 +20,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.edge import Edge
 from edge_agent.errors import (
     BundleError,
+    Cancelled,
     CloudError,
     ConfigError,
     DeadlineExceeded,
@@ -136,7 +137,8 @@ class EdgeAgent:
     `share` is the share of prompts that may go to the cloud, by default the bundle's own; `budget`
     keeps it over time, and its limits with it. With `cascade` the device draws first, where the
     cloud may be asked at all, and asks it only for what fell short. Calls may come from several
-    threads. Raises ConfigError when `provider` is absent, or the critic that a cascade needs.
+    threads. Raises ConfigError when `provider` is absent, or the critic that a cascade with this
+    cloud needs.
     """
 
     def __init__(
@@ -153,13 +155,13 @@ class EdgeAgent:
         threads: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._critic = critic_of(bundle) if cascade else None
         self.bundle = bundle
         networks = Networks(bundle, provider=provider, memory=memory, threads=threads)
         self._edge = Edge(networks)
         self._cloud = None if offline else cloud
         self._share = bundle.router.default_share if share is None else share
         self._budget = None if self._cloud is None else budget
+        self._critic = critic_of(bundle) if cascade and self._cloud is not None else None
         self._pacer = Pacer((self._critic or bundle.router).score_digest, self._share)
         self._offline = offline
         self._clock = clock
@@ -233,13 +235,14 @@ class EdgeAgent:
             router = self._edge.router(self._share)
             opened = self._clock()
             decision, encoded = router.decide(request.prompt)
+            _stop_if(cancellation)  # before a call is reserved
         except (BundleError, GenerationError, MemoryError) as err:
             why = str(err) or "memory ran out"
             decision = self._overrule(undecided(self.bundle.router, self._share, why), request)
             looking = False
         else:
             if looking:
-                decision = replace(decision, route=Route.EDGE, reason="drawn here, to be looked at")
+                decision = replace(decision, route=Route.EDGE, reason="a cascade draws here first")
             else:
                 decision, admitted = self._admit(self._overrule(decision, request), request)
         decided = self._clock()
@@ -259,6 +262,8 @@ class EdgeAgent:
         if looking:
             decision, call = self._look(call, picture, decision)
             looked = ended = self._clock()
+            # How long to wait for the cloud does not count what was drawn here.
+            call = replace(call, deadline=call.deadline + looked - decided)
             if decision.route is Route.CLOUD:
                 picture, drawn_on, fallback_reason = self._draw_again(call, picture)
                 ended = self._clock()
@@ -276,10 +281,12 @@ class EdgeAgent:
                 **({"look": 1e3 * (looked - drawn)} if looking else {}),
                 "total": 1e3 * (ended - started),
             },
-            models=self._models(drawn_on, picture, looked=looking),
+            models=self._models(drawn_on, picture, looked=bool(decision.quality)),
             fallback_from=None if drawn_on is decision.route else decision.route,
             fallback_reason=fallback_reason,
-            backends=self._edge.ran(drawing=drawn_on is Route.EDGE, looking=looking),
+            backends=self._edge.ran(
+                drawing=drawn_on is Route.EDGE or looking, looking=bool(decision.quality)
+            ),
             peak_rss=peak_rss(),
         )
 
@@ -335,8 +342,11 @@ class EdgeAgent:
             critic = self._edge.critic(self._share)
             judged = critic.judge(drawn.image, call.request.prompt, call.encoded, decision.metrics)
         except (BundleError, GenerationError, MemoryError) as err:
-            why = str(err) or "memory ran out"
-            return replace(decision, reason=f"kept without a look, which failed: {why}"), call
+            reason = f"nobody could look at it: {str(err) or 'memory ran out'}"
+            if call.on_event is not None:
+                call.on_event(Fallback(Route.EDGE, reason, drawn=True))
+            return replace(decision, reason=f"kept, since {reason}"), call
+        _stop_if(call.cancellation)
         decision, admitted = self._admit(judged, call.request)
         return decision, replace(call, admitted=admitted)
 
@@ -443,3 +453,8 @@ class EdgeAgent:
     def _version(self, component: str) -> str:
         part = self.bundle.component(component)
         return f"{part.name}@{part.files[part.file].sha256[:12]}"
+
+
+def _stop_if(cancellation: Cancellation | None) -> None:
+    if cancellation is not None and cancellation.cancelled:
+        raise Cancelled("stopped")

@@ -153,10 +153,12 @@ class RouterSpec:
 class CriticSpec:
     """What looking at the edge's pictures needs beside its networks `text_encoder` and `network`.
 
-    Pictures are seen `side` pixels square. `score_digest` is that of scores after a look.
+    Pictures are seen `side` pixels square: all of them, if `squashed`, else their middle square.
+    `score_digest` is that of scores after a look.
     """
 
     side: int
+    squashed: bool
     score_digest: tuple[float, ...]
     text_encoder: str
     network: str

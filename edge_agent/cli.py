@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,7 +144,8 @@ def route(state: State, /, prompts: tuple[str, ...], file: str | None, **flags: 
                 raise
             raise ConfigError(f"prompt {number} of {len(everything)}: {err}") from err
     started = time.perf_counter()
-    with _open_agent(settings) as agent:
+    # Here a cascade has no picture to look at.
+    with _open_agent(replace(settings, cascade=False)) as agent:
         agent.open(drawing=False)
         opened = time.perf_counter()
         for prompt in everything:
@@ -163,6 +164,8 @@ def route(state: State, /, prompts: tuple[str, ...], file: str | None, **flags: 
                 note_ignored(decision)
     if not (settings.json or settings.quiet):
         note(f"cloud above score {decision.threshold:.3f}, at a share of {decision.share:g}")
+        if settings.cascade:
+            note("that is what the prompt alone says; a cascade decides when it has drawn")
 
 
 @cli.command()

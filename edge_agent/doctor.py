@@ -176,7 +176,7 @@ def _components(bundle: Bundle, settings: Settings) -> list[dict[str, Any]]:
         edge.open(drawing=True)
         # Do their answers fit what the bundle says of them?
         decision, encoded = edge.router(0.0).decide("a")
-        if bundle.critic:
+        if settings.cascade:
             from PIL import Image
 
             grey = Image.new("RGB", (64, 64), "grey")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Lock
 
 from edge_agent.diffusion.decoding import SMALL_TILE
 from edge_agent.diffusion.generator import EdgeGenerator, guides, latents_of
+from edge_agent.errors import AgentError
 from edge_agent.routing.critic import Critic, critic_of
 from edge_agent.routing.encoder import TextEncoder, Tokenizer
 from edge_agent.routing.router import Router
@@ -88,8 +90,10 @@ class Edge:
         if likely or self._networks.memory is Memory.HIGH:
             *encoders, denoiser, vae_decoder = self._drawing()
             known = self._fed(request.width, request.height, request.guidance)
-            later = self._looking() if looking else []
-            self._networks.open_soon(denoiser, *encoders, vae_decoder, *later, known=known)
+            self._networks.open_soon(denoiser, *encoders, vae_decoder, known=known)
+            if looking:
+                with suppress(AgentError):  # which the look will tell
+                    self._networks.open_soon(*self._looking(), known=known)
 
     def release(self) -> None:
         """Let go of what the memory mode does not keep between requests."""

@@ -293,6 +293,7 @@ def _rises(digest: tuple[float, ...]) -> bool:
 def _critic(fields: _Fields) -> CriticSpec:
     spec = CriticSpec(
         side=fields.get("side", int),
+        squashed=fields.get("squashed", bool),
         score_digest=fields.all_of("score_digest", float),
         text_encoder=fields.get("text_encoder", str),
         network=fields.get("network", str),

@@ -85,13 +85,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where a prompt goes and why. Cloud if and only if `score > threshold` on route `auto`.
+    """Where a prompt goes and why. On route `auto` the cloud if and only if `score > threshold`.
 
     `prs` is the Pareto relative superiority of the edge (above 0.5: edge better), `score` is
     1 - prs, `threshold` is 1 - alpha of the paper's section 5.2, `metrics` holds D_i by name,
     `ignored_tokens` counts the end of a prompt that is longer than the text encoder reads. Where
-    nothing could be predicted there are no metrics, and `prs` is 0.5. In a cascade `quality` holds
-    what was measured of the edge's picture, by metric.
+    nothing could be predicted there are no metrics, and `prs` is 0.5. In a cascade all is said of
+    the edge's picture, and `quality` holds what was measured of it, by metric; where nobody could
+    look at it, it is kept and the numbers are the router's.
     """
 
     route: Route

@@ -213,13 +213,13 @@ def _sources(
     else:
         pipeline = open_pipeline(f"{starter or _starter()}/edge", name="starter-edge")
     network = open_router(router)
-    if own and critic is None and "critic" in network.spec:
+    known = network.spec.get("critic")
+    if own and critic is None and known:
         critic = f"{starter}/clip"
-    if critic is None and "critic" in network.spec:
-        name = network.spec["critic"]["clip"]["name"]
+    if critic is None and known:
         click.echo(
             f"the router's critic is left out, so there will be no cascade; pass --critic with the "
-            f"CLIP '{name}' that it looks through",
+            f"CLIP '{known['clip']['name']}' that it looks through",
             err=True,
         )
     return pipeline, text_encoder, network, critic

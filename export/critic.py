@@ -14,18 +14,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cloud_server.errors import ModelError
+from cloud_server.torchvision_guard import guard
 from cloud_server.training import critic as critics
 from cloud_server.training.critic import CriticHead
 from cloud_server.training.encoders import TextEncoder
 from cloud_server.training.quality import Alignment, Clip, Metric, QualityScorer
 from cloud_server.training.towers import OpenClipTower
+from edge_agent.routing.critic import seen
 from export.bundle_writer import CRITIC
 from export.errors import ExportError
 from export.network import Network, trace_symbolically
 from export.sources import RouterFolder
 from export.text import open_text
 
-PROBE = "two red apples to the left of a cat"
+guard()
+import open_clip  # noqa: E402  the guard must come first
+
+PROBE = "a picture that no label asks for"  # or alignment would leave out one of the others
 NEAR = 1e-3  # in qualities, from what labelled: both are computed in 32 bits
 
 
@@ -58,19 +63,27 @@ class CriticSource:
     @property
     def side(self) -> int:
         """Side of the pictures that the CLIP sees, in pixels; raises ExportError."""
-        size = self.clip.network.visual.preprocess_cfg["size"]
+        shown = self.clip.network.visual.preprocess_cfg
+        size, how = shown["size"], (shown["resize_mode"], shown["interpolation"])
         height, width = (size, size) if isinstance(size, int) else size
-        if height != width:
+        if height != width or how not in (("squash", "bicubic"), ("shortest", "bicubic")):
             raise ExportError(
-                f"the CLIP '{self.clip.name}' sees pictures of {width}x{height}, and the device "
-                "shows it squares; leave --critic away, or label with another CLIP"
+                f"the CLIP '{self.clip.name}' sees pictures of {width}x{height}, resized by "
+                f"{how[0]} and {how[1]}; the device can show it squares, by squash or shortest and "
+                "bicubic; leave --critic away, or label with another CLIP"
             )
         return int(width)
+
+    @property
+    def squashed(self) -> bool:
+        """Whether the CLIP sees all of a picture that is no square, and not its middle."""
+        return bool(self.clip.network.visual.preprocess_cfg["resize_mode"] == "squash")
 
     def manifest(self, text_encoder: str) -> Mapping[str, Any]:
         """Return the bundle's entry `critic`."""
         return {
             "side": self.side,
+            "squashed": self.squashed,
             "score_digest": self.facts["score_digest"],
             "text_encoder": text_encoder,
             "network": CRITIC,
@@ -90,17 +103,19 @@ class CriticSource:
         """Compare the qualities of noise with those by the very code that makes labels."""
         looks, others = _looks(self.router), self.facts["others"]
         alignment = None if others is None else Alignment(0.5, tuple(others), len(others))
-        noise = np.random.default_rng(0).integers(0, 256, (self.side, self.side, 3), np.uint8)
         scorer = QualityScorer(self.clip, looks, alignment)
-        wanted = scorer.score([Image.fromarray(noise)], [PROBE])
         ids = torch.from_numpy(self.text.tokenizer.encode(PROBE).input_ids)
-        pooled = self.text.tower(ids)[1]
-        found = looking.quality(torch.from_numpy(noise)[None], pooled).numpy()
-        if not np.abs(found - wanted).max() <= NEAR:
-            raise ExportError(
-                f"the device would see pictures otherwise than the CLIP '{self.clip.name}' does, "
-                f"by {np.abs(found - wanted).max():.3g}; leave --critic away, or label with another"
-            )
+        pooled, rng = self.text.tower(ids)[1], np.random.default_rng(0)
+        for height, width in ((self.side, self.side), (self.side, 2 * self.side)):
+            noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+            pixels = seen(noise, self.side, squashed=self.squashed)
+            found = looking.quality(torch.tensor(pixels)[None], pooled).numpy()
+            off = float(np.abs(found - scorer.score([noise], [PROBE])).max())
+            if not off <= NEAR:
+                raise ExportError(
+                    f"the device would see pictures otherwise than the CLIP '{self.clip.name}' "
+                    f"does, by {off:.3g}; leave --critic away, or label with another"
+                )
 
 
 def open_critic(source: str, router: RouterFolder) -> CriticSource:
@@ -109,19 +124,19 @@ def open_critic(source: str, router: RouterFolder) -> CriticSource:
     `source` is a folder in open_clip's format, or MODEL/PRETRAINED by its names.
     """
     facts = router.spec.get("critic")
-    if not facts:
+    if facts is None:
         raise ExportError(
             f"the router in '{router.folder}' has no critic: its labels name no CLIP, or it was "
             "trained by an earlier version; leave --critic away, or train it again"
         )
-    if not (router.folder / critics.WEIGHTS).is_file():
-        raise ExportError(
-            f"the router in '{router.folder}' speaks of a critic but has no {critics.WEIGHTS}; "
-            "fetch or train it again"
-        )
     model, _, pretrained = source.partition("/")
+    is_folder = Path(source).is_dir()
+    if not is_folder and model not in open_clip.list_models():
+        raise ExportError(
+            f"there is no folder '{source}', nor MODEL/PRETRAINED of open_clip by this name; pass "
+            f"the CLIP '{facts['clip']['name']}' that made the router's labels"
+        )
     try:
-        is_folder = Path(source).is_dir()
         clip = Clip(source) if is_folder else Clip(model, pretrained or None)
         if clip.digest != facts["clip"]["digest"]:
             raise ExportError(
@@ -158,13 +173,13 @@ class Looking(nn.Module):
         self.clip, self.scale = clip.network, clip.scale
         self.head: CriticHead = critics.load(source.router.folder)
         self.sharpness = float(source.facts["sharpness"])
-        seen = self.clip.visual.preprocess_cfg
+        shown = self.clip.visual.preprocess_cfg
         poles = clip.texts([t for m in _looks(source.router) for t in (m.positive, m.negative)])
         others = source.facts["others"]
         self.aligned = others is not None
         for name, value in {
-            "shift": torch.tensor(seen["mean"]) * 255.0,
-            "spread": torch.tensor(seen["std"]) * 255.0,
+            "shift": torch.tensor(shown["mean"]) * 255.0,
+            "spread": torch.tensor(shown["std"]) * 255.0,
             "contrast": poles[0::2] - poles[1::2],
             "others": clip.texts(others) if others else torch.zeros(0, poles.shape[1]),
         }.items():

@@ -12,12 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from edge_agent.diffusion.samplers import SCHEDULERS, make_sampler
 from edge_agent.errors import BundleError
 from export.errors import ExportError
 from export.families import FAMILIES, VAES, Family
 from export.files import read_json
 
+CRITIC_WEIGHTS = "critic.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.json", "tokenizer*/*", "scheduler/*", "*/config.json", "*/*.safetensors")
 HUB_VAE_FILES = ("config.json", "diffusion_pytorch_model*")
@@ -398,12 +401,35 @@ def open_router(folder: Path) -> RouterFolder:
             f"the router in '{folder}' predicts {config.get('experts')} metrics, but its "
             f"router.json names {len(spec.get('metrics', ()))}; train it again"
         )
+    _check_critic(folder, spec, int(config["width"]))
     if len(spec.get("text_probe", {}).get("state", ())) != config["width"]:
         raise ExportError(
             f"the router.json in '{folder}' has no text_probe to know its text encoder by; "
             "train it again with cloud-server train-router"
         )
     return RouterFolder(folder, int(config["width"]), spec)
+
+
+def _check_critic(folder: Path, spec: Mapping[str, Any], width: int) -> None:
+    """Refuse a critic of router.json, if it speaks of one, that is not there whole."""
+    critic = spec.get("critic")
+    if critic is None:
+        return
+    try:
+        names = [critic["clip"]["name"], critic["clip"]["digest"], *(critic["others"] or ())]
+        numbers = [critic["sharpness"], *critic["score_digest"]]
+        with safe_open(folder / CRITIC_WEIGHTS, "np") as weights:
+            shape = weights.get_slice("weight").get_shape()
+        typed = all(isinstance(name, str) for name in names) and all(
+            isinstance(number, int | float) for number in numbers
+        )
+    except (KeyError, TypeError, OSError, SafetensorError):
+        typed, shape = False, []
+    if not typed or shape != [len(spec["metrics"]), 2 * width + 1]:
+        raise ExportError(
+            f"the router in '{folder}' speaks of a critic that is not there whole, or of another "
+            "router; train it again with cloud-server train-router"
+        )
 
 
 def _folder_of(source: str, files: Sequence[str]) -> Path:

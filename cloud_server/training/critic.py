@@ -39,8 +39,9 @@ Rows = NDArray[np.int64]
 WEIGHTS = "critic.safetensors"
 # How far a picture's own luck counts, in its looks and in whether it shows its prompt. With 1 all
 # that CLIP measures counts, also what another drawing would have by chance, and a judge that is not
-# CLIP agrees less. On 700 captions of the starter pair, one picture each, learnt from others by a
-# linear router; Delta P at half of the calls by CLIP in %, and APGR by the judge of objects:
+# CLIP agrees less. On 700 captions of the starter pair, by which it was chosen, one picture each,
+# learnt from others by a linear router; Delta P at half of the calls by CLIP in %, and APGR by the
+# judge of objects:
 #     looks       0      0.05   0.05   0.1    0.1    0.2    0.35   1
 #     alignment   0      0.05   0.2    0.1    0.2    0.2    0.35   1
 #     Delta P     109    148    158    166    171    183    185    171
@@ -97,20 +98,22 @@ def train_critic(
     features: Features,
     labels: Labels,
     learned: Learned,
+    d: Floats,
     training: Rows,
     held_out: Rows,
     seed: int,
 ) -> Critic | None:
     """Train on the prompts in `training`, beside the router that was `learned` from them.
 
-    The scores of `held_out` prompts' pictures set its threshold. None for labels that no CLIP made,
-    such as ratings: nobody could measure the same on the device.
+    `d` (N, k) is what that says of all prompts. The scores of `held_out` prompts' pictures set the
+    critic's threshold. None for labels that no CLIP made, such as ratings: nobody could measure the
+    same on the device.
     """
     scorer = labels.origin.get("scorer")
     if not scorer:
         return None
     head = fit_head(features, labels, learned.mu, learned.gamma, training)
-    scores = scored(head, learned.predict(features), features, labels, held_out)
+    scores = scored(head, d, features, labels, held_out)
     alignment = scorer.get("alignment") or {}
     return Critic(
         head,
@@ -154,18 +157,18 @@ def scored(head: CriticHead, d: Floats, features: Features, labels: Labels, rows
 
 
 def looked(
-    head: CriticHead, features: Features, labels: Labels, learned: Learned, rows: Rows
+    head: CriticHead, features: Features, labels: Labels, learned: Learned, d: Floats, rows: Rows
 ) -> Floats:
     """Return PRS (M, 2) of the edge's pictures of prompts: predicted after a look, and true.
 
-    True is the PRS beside the cloud's mean over all its seeds.
+    `d` (N, k) is what the router said. True is the PRS beside the cloud's mean over all its seeds.
     """
     place, column = np.nonzero(labels.drawn[rows])
     edge, cloud = labels.q[0, rows[place], column], labels.mean[1, rows[place]]
     mu_edge, mu_cloud = learned.mu
-    d = quality_distance(edge, cloud, mu_edge, mu_cloud, learned.gamma)
-    predicted = 1.0 - scored(head, learned.predict(features), features, labels, rows)
-    return np.stack([predicted[place, column], prs(d, labels.weights)], axis=1)
+    true = prs(quality_distance(edge, cloud, mu_edge, mu_cloud, learned.gamma), labels.weights)
+    predicted = 1.0 - scored(head, d, features, labels, rows)
+    return np.stack([predicted[place, column], true], axis=1)
 
 
 def save(head: CriticHead, folder: Path) -> None:
@@ -190,6 +193,9 @@ def _others(labels: Labels, alignment: Mapping[str, Any], seed: int) -> tuple[st
     """
     if not alignment or ALIGNMENT not in labels.metrics:
         return None
-    count = min(int(alignment.get("distractors", DISTRACTORS)), len(labels.prompts))
+    count = int(alignment.get("distractors", DISTRACTORS))
+    if count == 0:
+        return ()
+    count = min(max(count, 2), len(labels.prompts))  # one alone might be the prompt itself
     chosen = np.random.default_rng(seed).choice(len(labels.prompts), count, replace=False)
     return tuple(labels.prompts[i] for i in np.sort(chosen))

@@ -101,13 +101,14 @@ def train_router(
         related=material.related,
     )
     learned.model.half().float()  # as its file keeps it
-    predicted = prs(learned.predict(features), weights)
+    d = learned.predict(features)
+    predicted = prs(d, weights)
     fresh = predicted[count:] if material.calibration else predicted[held_out]
-    critic = critics.train_critic(known, labels, learned, training, held_out, seed)
+    critic = critics.train_critic(known, labels, learned, d, training, held_out, seed)
     trained = Trained(
         learned,
         critic,
-        critics.looked(critic.head, known, labels, learned, held_out) if critic else None,
+        critics.looked(critic.head, known, labels, learned, d, held_out) if critic else None,
         score_digest(1.0 - fresh),
         predicted[:count],
         prs(learned.d, weights),
@@ -161,10 +162,11 @@ def report(trained: Trained, material: Material) -> str:
         f"threshold from {where}" + ("" if fresh >= FEW else "; so few make shares rough"),
     ]
     if trained.looked is not None:
-        value, low, high = correlation(*trained.looked.T)
+        value, low, high = correlation(trained.looked[:, 0], trained.looked[:, 1], n)
         lines.append(
-            f"critic: after a look at the edge's picture, by {value:.2f} ({low:.2f} to {high:.2f}) "
-            f"on {len(trained.looked)} pictures"
+            f"critic: after a look at the edge's picture by {value:.2f} ({low:.2f} to {high:.2f})"
+            if np.isfinite(value)
+            else "critic: too few pictures, or all alike, to compare what it says with"
         )
     for share in SHARES:
         capped, free = (threshold(trained.digest, share, capped=cap) for cap in (True, False))
@@ -176,15 +178,17 @@ def report(trained: Trained, material: Material) -> str:
     return "\n".join(lines)
 
 
-def correlation(a: Floats, b: Floats) -> tuple[float, float, float]:
+def correlation(a: Floats, b: Floats, independent: int | None = None) -> tuple[float, float, float]:
     """Return Pearson's correlation with its 95 % interval by Fisher's transform.
 
-    All three are NaN where one of the two does not vary, or for fewer than four values.
+    The width is that of so many `independent` values, by default all. All three are NaN where one
+    of the two does not vary, or for fewer than four values.
     """
-    if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    n = len(a) if independent is None else independent
+    if n < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return (float("nan"),) * 3
     r = float(np.corrcoef(a, b)[0, 1])
-    z, half = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12)), 1.96 / (len(a) - 3) ** 0.5
+    z, half = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12)), 1.96 / (n - 3) ** 0.5
     return r, float(np.tanh(z - half)), float(np.tanh(z + half))
 
 

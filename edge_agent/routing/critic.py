@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_agent.bundle import Bundle, CriticSpec, Metric
 from edge_agent.errors import ConfigError
-from edge_agent.recognition.pictures import square
+from edge_agent.recognition.pictures import Pixels, square
 from edge_agent.routing.encoder import Encoded, Session
 from edge_agent.routing.policy import threshold
 from edge_agent.routing.router import Encoder, by_metric, judged, words_of
@@ -37,6 +37,15 @@ def critic_of(bundle: Bundle) -> CriticSpec:
     return bundle.critic
 
 
+def seen(picture: Image, side: int, *, squashed: bool) -> Pixels:
+    """Return a picture (side, side, 3) as the critic's CLIP is shown it."""
+    from PIL import Image
+
+    if squashed:
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    return square(picture, side)
+
+
 class Critic:
     """Sends at most a share of pictures to be drawn again by the cloud: those that gain most."""
 
@@ -50,7 +59,7 @@ class Critic:
     ) -> None:
         self._text_encoder = text_encoder
         self._network = network
-        self._side = spec.side
+        self._spec = spec
         self._metrics = metrics
         self.share = share
         self.threshold = threshold(spec.score_digest, share)
@@ -66,7 +75,7 @@ class Critic:
         text = self._text_encoder.encode(prompt)
         quality, d = self._network.run(
             {
-                "picture": square(picture, self._side)[None],
+                "picture": seen(picture, self._spec.side, squashed=self._spec.squashed)[None],
                 "text": text.pooled,
                 **words_of(encoded),
                 "before": np.array([list(before.values())], np.float32),

@@ -352,6 +352,7 @@ def hire_critic() -> Callable[[Path, float], None]:
             content["components"]["critic"] = component(folder, file)
             content["critic"] = {
                 "side": CRITIC_SIDE,
+                "squashed": False,
                 "score_digest": [float(value) for value in np.linspace(0.1, 0.9, 200)],
                 "text_encoder": "text_encoder",
                 "network": "critic",

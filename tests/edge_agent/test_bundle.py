@@ -126,6 +126,7 @@ def test_a_wrong_field_is_named_by_its_path(
     ("change", "message"),
     [
         ({"side": 0}, "'critic.side' .expected a number of pixels"),
+        ({"squashed": 1}, "'critic.squashed' .expected bool"),
         ({"score_digest": [0.4, 0.3]}, "'critic.score_digest' .expected scores that rise"),
         ({"network": "looker"}, "no component 'looker'"),
         ({"text_encoder": "vae_decoder"}, "'tokenizers.vae_decoder.'"),

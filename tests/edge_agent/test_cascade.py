@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edge_agent.agent import EdgeAgent
 from edge_agent.bundle import open_bundle
@@ -23,8 +24,9 @@ from edge_agent.errors import (
 )
 from edge_agent.recognition.pictures import square
 from edge_agent.routing.budget.ledger import Ledger, Limits
+from edge_agent.routing.critic import seen
 from edge_agent.runtime.networks import LazyNetwork
-from edge_agent.types import Cancellation, Event, Fallback, Memory, Request, Route, Step
+from edge_agent.types import Cancellation, Event, Fallback, Memory, Provider, Request, Route, Step
 from tests.edge_agent.conftest import CRITIC_SIDE
 from tests.edge_agent.test_agent import EASY, HARD, Cloud
 
@@ -67,7 +69,7 @@ def test_a_picture_that_fell_short_is_drawn_again_in_the_cloud(make_agent: MakeA
     assert [asked["seed"] for asked in cloud.asked] == [3]
     assert events == [Step(index, 4) for index in range(1, 5)]  # here, and before the cloud's
     assert set(result.models) == {"router", "critic", "cloud"}
-    assert "critic" in result.backends
+    assert set(result.backends) >= {"critic", "unet", "vae_decoder"}
     assert set(result.timings_ms) == {"open", "decide", "draw", "look", "total"}
 
 
@@ -171,11 +173,15 @@ def test_a_look_that_fails_costs_no_picture(
         return run(network, *given)
 
     monkeypatch.setattr(LazyNetwork, "run", broken)
-    cloud = Cloud()
-    result = make_agent(HARSH, cloud=cloud).generate(Request(EASY))
+    cloud, events = Cloud(), list[Event]()
+    result = make_agent(HARSH, cloud=cloud).generate(Request(EASY), events.append)
     assert result.drawn_on is result.decision.route is Route.EDGE
-    assert (str(error) or "memory ran out") in result.decision.reason
+    told = f"nobody could look at it: {error!s}" if str(error) else "memory ran out"
+    assert told in result.decision.reason
     assert not cloud.asked
+    assert "critic" not in result.models
+    assert isinstance(events[-1], Fallback)
+    assert told in events[-1].reason
 
 
 def test_a_critic_that_answers_no_numbers_costs_no_picture(make_agent: MakeAgent) -> None:
@@ -213,6 +219,57 @@ def test_who_stops_the_cloud_stops_the_request(make_agent: MakeAgent) -> None:
         )
 
 
+def test_who_stops_during_the_look_spends_nothing(
+    make_agent: MakeAgent, ledger: Callable[[int], Ledger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag, run, budget, cloud = Cancellation(), LazyNetwork.run, ledger(5), Cloud()
+
+    def stopping(network: LazyNetwork, *given: Any) -> list[np.ndarray]:
+        if network.part.name == "critic":
+            flag.cancel()
+        return run(network, *given)
+
+    monkeypatch.setattr(LazyNetwork, "run", stopping)
+    agent = make_agent(HARSH, cloud=cloud, budget=budget, share=1.0)
+    with pytest.raises(Cancelled):
+        agent.generate(Request(EASY), cancellation=flag)
+    assert budget.spent().pictures == 0
+    assert not cloud.asked
+
+
+def test_the_cloud_gets_its_whole_deadline_however_long_the_edge_drew(
+    make_agent: MakeAgent,
+) -> None:
+    clock, cloud = iter(range(0, 10_000, 10)), Cloud()
+    agent = make_agent(HARSH, cloud=cloud, clock=lambda: float(next(clock)))
+    result = agent.generate(Request(EASY, deadline_s=60.0))
+    assert result.drawn_on is Route.CLOUD
+    assert cloud.asked[0]["deadline_s"] == 60.0 - 2 * 10.0 - 10.0  # less deciding, and asking
+
+
+def test_a_critic_that_cannot_be_opened_here_costs_no_picture(
+    make_agent: MakeAgent, tiny_bundle: Path, rewrite: Callable[..., None], hire_critic: Hire
+) -> None:
+    def lower(content: dict[str, Any]) -> None:
+        content["components"]["critic"]["precision"] = "fp16"  # which no processor computes in
+
+    hire_critic(tiny_bundle, HARSH)
+    rewrite(tiny_bundle, lower)
+    options: dict[str, Any] = {"cascade": True, "cloud": Cloud(), "provider": Provider.CPU}
+    with EdgeAgent(open_bundle(tiny_bundle), **options) as agent:
+        result = agent.generate(Request(EASY))
+    assert result.drawn_on is Route.EDGE
+    assert "fp16" in result.decision.reason
+
+
+@pytest.mark.parametrize("squashed", [True, False])
+def test_a_wide_picture_is_seen_as_the_clip_sees_it(squashed: bool) -> None:
+    wide = Image.new("RGB", (64, 32), "black")
+    wide.paste("white", (0, 0, 8, 32))
+    assert seen(wide, 16, squashed=squashed).any() == squashed
+    assert seen(wide, 16, squashed=squashed).shape == (16, 16, 3)
+
+
 def test_a_decision_without_drawing_is_the_routers(make_agent: MakeAgent) -> None:
     decision = make_agent(PLEASED, cloud=Cloud()).route(HARD)
     assert decision.route is Route.CLOUD
@@ -221,4 +278,5 @@ def test_a_decision_without_drawing_is_the_routers(make_agent: MakeAgent) -> Non
 
 def test_a_bundle_without_a_critic_is_refused_at_once(tiny_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="has no critic to look at pictures with"):
-        EdgeAgent(open_bundle(tiny_bundle), cascade=True)
+        EdgeAgent(open_bundle(tiny_bundle), cascade=True, cloud=Cloud())
+    EdgeAgent(open_bundle(tiny_bundle), cascade=True).close()  # nobody will be asked

@@ -569,9 +569,13 @@ def test_a_cascade_draws_here_first_and_tells_what_it_saw(
 
 
 def test_a_cascade_needs_a_critic(command: Command) -> None:
-    done = command("generate", HARD, EDGE_AGENT_CASCADE="yes")
+    cloud = f"127.0.0.1:{free_port()}"
+    done = command("generate", HARD, "--cloud", cloud, EDGE_AGENT_CASCADE="yes")
     assert done.returncode == 2
     assert "has no critic to look at pictures with; export it with" in done.stderr
+    assert command("generate", HARD, EDGE_AGENT_CASCADE="yes").returncode == 0  # no cloud to ask
+    done = command("route", HARD, "--quiet", EDGE_AGENT_CASCADE="yes", EDGE_AGENT_CLOUD=cloud)
+    assert done.returncode == 0
     done = command("doctor", EDGE_AGENT_CASCADE="yes")
     assert done.returncode == 1
     assert "has no critic to look at pictures with" in done.stdout
@@ -581,13 +585,23 @@ def test_doctor_opens_and_measures_the_critic_too(
     command: Command, tiny_bundle: Path, hire_critic: Callable[[Path, float], None]
 ) -> None:
     hire_critic(tiny_bundle, 0.1)
-    done = command("doctor", "--measure", "--json")
+    done = command("doctor", "--measure", "--json", EDGE_AGENT_CASCADE="yes")
     (critic,) = (
         p for p in json.loads(done.stdout)["bundle"]["components"] if p["name"] == "critic"
     )
     assert critic["runs_on"]
     assert critic["measured"]["cpu"]["psnr_db"] > 60
     hire_critic(tiny_bundle, float("nan"))
-    done = command("doctor")
+    assert command("doctor").returncode == 0  # which nobody looks with
+    done = command("doctor", EDGE_AGENT_CASCADE="yes")
     assert done.returncode == 1
     assert "the critic answered" in done.stdout
+
+
+def test_route_says_what_the_prompt_alone_says_of_a_cascade(
+    command: Command, tiny_bundle: Path, hire_critic: Callable[[Path, float], None]
+) -> None:
+    hire_critic(tiny_bundle, 0.9)
+    done = command("route", HARD, EDGE_AGENT_CASCADE="yes")
+    assert done.stdout.startswith("cloud")
+    assert "that is what the prompt alone says; a cascade decides when it has drawn" in done.stderr

@@ -135,7 +135,7 @@ def test_the_manifest_says_what_looking_needs(with_clip: Job) -> None:
     path, _ = export_bundle(with_clip)
     spec = open_bundle(path).critic
     digest = tuple(with_clip.router.spec["critic"]["score_digest"])
-    assert spec == CriticSpec(32, digest, "text_encoder_critic", "critic")
+    assert spec == CriticSpec(32, True, digest, "text_encoder_critic", "critic")
     assert "critic" not in json.loads((path / "bundle.json").read_text())["router"]
     _, rows = export_bundle(with_clip)
     assert all(row.kept for row in rows)
@@ -187,11 +187,40 @@ def test_what_cannot_be_the_critics_clip_is_refused_in_words(
         open_critic(str(clip), router)
     with pytest.raises(ExportError, match=r"holds no open_clip_config.json"):
         open_critic(str(tmp_path), router)
-    with pytest.raises(ExportError, match=r"there is no CLIP model 'nobody'"):
-        open_critic("nobody/nothing", router)
-    (router.folder / critics.WEIGHTS).unlink()
-    with pytest.raises(ExportError, match=r"speaks of a critic but has no critic.safetensors"):
-        open_critic(str(clip), router)
+    for strange in ("nobody/nothing", "hf-hub:nobody/nothing", str(tmp_path / "clap")):
+        with pytest.raises(ExportError, match=f"there is no folder '{strange}', nor MODEL/"):
+            open_critic(strange, router)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip": {}}, {"clip": None}, {"others": ["abc", 3]}, {"score_digest": None},
+        {"sharpness": "much"}, {"score_digest": ["high"]},
+    ],
+)  # fmt: skip
+def test_a_critic_that_is_not_there_whole_is_refused(
+    clip: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    folder = with_critic(tmp_path / "router", clip).folder
+    facts = json.loads((folder / "router.json").read_text())
+    facts["critic"].update(change)
+    (folder / "router.json").write_text(json.dumps(facts))
+    with pytest.raises(ExportError, match=r"speaks of a critic that is not there whole"):
+        open_router(folder)
+
+
+def test_a_critic_of_another_router_or_none_is_refused(clip: Path, tmp_path: Path) -> None:
+    folder = with_critic(tmp_path / "router", clip).folder
+    critics.save(CriticHead(16, len(tiny.METRICS)), folder)
+    with pytest.raises(ExportError, match=r"or of another router"):
+        open_router(folder)
+    (folder / critics.WEIGHTS).write_bytes(b"half")
+    with pytest.raises(ExportError, match=r"not there whole"):
+        open_router(folder)
+    (folder / critics.WEIGHTS).unlink()
+    with pytest.raises(ExportError, match=r"not there whole"):
+        open_router(folder)
 
 
 def test_a_clip_that_the_device_would_read_otherwise_is_refused(
@@ -203,7 +232,11 @@ def test_a_clip_that_the_device_would_read_otherwise_is_refused(
     with pytest.raises(ExportError, match=r"would see pictures otherwise than the CLIP 'clip'"):
         source.network(16)
     monkeypatch.setitem(seen, "size", (32, 48))
-    with pytest.raises(ExportError, match=r"sees pictures of 48x32, and the device shows it squ"):
+    with pytest.raises(ExportError, match=r"sees pictures of 48x32, resized by squash and bicu"):
+        source.manifest("text_encoder")
+    monkeypatch.setitem(seen, "size", 32)
+    monkeypatch.setitem(seen, "interpolation", "bilinear")
+    with pytest.raises(ExportError, match=r"resized by squash and bilinear; the device can"):
         source.manifest("text_encoder")
 
 

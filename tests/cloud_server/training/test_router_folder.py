@@ -149,7 +149,9 @@ def test_labels_by_a_clip_train_a_critic_too(material, encoder, tmp_path):
     facts = json.loads((out / "router.json").read_text())["critic"]
     assert facts["clip"] == {"name": "clip", "digest": "c" * 64}
     assert facts["score_digest"] == trained.critic.digest
-    assert "critic: after a look at the edge's picture, by 0." in report(trained, material)
+    assert "critic: after a look at the edge's picture by 0." in report(trained, material)
+    few = replace(trained, looked=trained.looked[:2], held_out=trained.held_out[:2])
+    assert "critic: too few pictures" in report(few, material)
     assert len(trained.looked) == 2 * len(trained.held_out)
     train(material, encoder, out)  # by labels of another kind: no critic of before is left
     assert not (out / "critic.safetensors").exists()
