@@ -145,7 +145,8 @@ def evaluate_router_command(
         known = material.labels
         check_labels(known)
         fresh = _never_seen_by(router, known) if router else None
-        plan = _plan(known, held_out, seeds, folds, repeats, seed, fresh)
+        kept = _kept(known, pictures)
+        plan = _plan(known, held_out, seeds, folds, repeats, seed, fresh, kept if judge else None)
         features = open_encoder(source.encoder()).encode(known.prompts, where)
         kinds: list[str] = []
         network = Network(
@@ -161,7 +162,6 @@ def evaluate_router_command(
             material.related,
             kinds,
         )
-        kept = _kept(known, pictures)
         nouns, counted = count_nouns(known.prompts)
         case = Case(
             known,
@@ -238,14 +238,22 @@ def _plan(
     repeats: int,
     seed: int,
     fresh: NDArray[np.int64] | None,
+    shown: Kept | None,
 ) -> Plan:
-    """Return which prompts are judged; of a given router those, if known, that are fresh to it."""
+    """Return which prompts are judged; of a given router those, if known, that are fresh to it.
+
+    With `shown` only those whose pictures are there, so that a second judge can read them; if none
+    are, all, and that judge will say what it lacks.
+    """
     import numpy as np
 
     from cloud_server.training.evaluation.splits import SMALL, cross_validation, held_out, these
 
     # A prompt that lacks seeds which others have is too noisy to judge by.
     among = np.flatnonzero(labels.drawn.all(1))
+    if shown is not None:
+        kept = [row for row in among if shown.whole(int(row), labels.seeds)]
+        among = np.array(kept) if kept else among
     if fresh is not None:
         among = np.intersect1d(among, fresh)
         if judged or folds:

@@ -46,6 +46,10 @@ class Kept:
         kept = sorted(drawn.glob(f"{name}-*.png"))
         return next((file for file in kept if seed_of(_noise_of(file)) == seed), usual)
 
+    def whole(self, row: int, seeds: Sequence[int]) -> bool:
+        """Tell whether both models' pictures of a prompt are kept, of all seeds."""
+        return all(None not in self.pair(row, seed) for seed in seeds)
+
     def pair(self, row: int, seed: int) -> tuple[Path | None, Path | None]:
         """Return both models' pictures of a prompt, None for one that is not kept."""
         edge, cloud = (self.file(model, row, seed) for model in (0, 1))

@@ -132,6 +132,23 @@ def test_labels_are_held_out_judged_otherwise_and_shown(labels, encoder, tmp_pat
     assert "edge@eeeeeeeeeeee on the device" in text
 
 
+def test_a_judge_of_pictures_judges_the_prompts_whose_pictures_are_kept(labels, encoder, tmp_path):
+    known, numbers = read(labels / "by-clip.parquet"), tmp_path / "numbers.json"
+    prompts = tuple(prompt.text for prompt in sample_prompts(80, 1))
+    made = make_world(prompts=80, seeds=2).labels
+    write(replace(known, q=made.q, prompts=prompts), tmp_path / "more.parquet")
+    result = run(
+        "--labels", labels / "by-clip.parquet", "--labels", tmp_path / "more.parquet",
+        "--text-encoder", encoder, "--held-out", 40, "--seeds", 1, "--predictor", "linear",
+        "--threads", 1, "--no-ablations", "--pictures", labels / "pictures", "--judge", JUDGE,
+        "--work", tmp_path / "work", "--json", numbers,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    plan = json.loads(numbers.read_text(encoding="utf-8"))["plan"]
+    assert plan["judged"] == 40
+    assert int(re.search(r"(\d+) to learn", plan["description"])[1]) > 60
+
+
 def test_more_labels_with_fewer_seeds_are_learnt_from_and_not_judged(labels, encoder, tmp_path):
     known, numbers = read(labels / "labels.parquet"), tmp_path / "numbers.json"
     prompts = tuple(prompt.text for prompt in sample_prompts(80, 1))
