@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,9 @@ from export.build import Job, export_bundle
 from export.critic import CriticSource, Looking, open_critic
 from export.errors import ExportError
 from export.sources import RouterFolder, open_router
+from export.text import read_texts
 from tests import tiny
+from tests.export.conftest import Exported
 from tests.export.test_cli import call
 
 PROMPTS = ("two red apples on the beach", "a cat", "the dog above a cat and two apples")
@@ -60,10 +63,31 @@ def with_critic(
     return open_router(folder)
 
 
+@pytest.fixture(scope="module")
+def made(exported: Exported, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job with a critic, whose bundle is there already.
+
+    None of its distractors is one of `PROMPTS`: labelling would leave that one out.
+    """
+    folder = tmp_path_factory.mktemp("made")
+    shutil.copytree(exported.path, folder / "bundle")
+    router = with_critic(folder / "router", clip, ("two dogs", "grass and apples"))
+    job = replace(
+        exported.job, out=folder / "bundle", router=router, critic=open_critic(str(clip), router)
+    )
+    export_bundle(job)
+    return job
+
+
 @pytest.fixture
-def with_clip(copied: Job, clip: Path, tmp_path: Path) -> Job:
-    router = with_critic(tmp_path / "router", clip)
-    return replace(copied, router=router, critic=open_critic(str(clip), router))
+def with_clip(made: Job, clip: Path, tmp_path: Path) -> Job:
+    """A copy of it, for tests that change it."""
+    shutil.copytree(made.out, tmp_path / "bundle")
+    shutil.copytree(made.router.folder, tmp_path / "router")
+    router = open_router(tmp_path / "router")
+    return replace(
+        made, out=tmp_path / "bundle", router=router, critic=open_critic(str(clip), router)
+    )
 
 
 def pictures() -> list[Image.Image]:
@@ -86,17 +110,12 @@ def measured(source: CriticSource) -> np.ndarray:
     return QualityScorer(Clip(source.clip.model), looks, alignment).score(pictures(), PROMPTS)
 
 
-def test_the_device_measures_and_judges_as_training_does(with_clip: Job) -> None:
-    # Without the distractors that are one of the prompts, whom labelling leaves out.
-    source = with_clip.critic
-    assert source is not None
-    with_critic(source.router.folder, Path(source.clip.model), ("two dogs", "grass and apples"))
-    router = open_router(source.router.folder)
-    job = replace(with_clip, router=router, critic=open_critic(source.clip.model, router))
+def test_the_device_measures_and_judges_as_training_does(made: Job) -> None:
+    job, router = made, made.router
     assert job.critic is not None
     path, rows = export_bundle(job)
-    names = [row.component.name for row in rows]
-    assert names == [
+    assert all(row.kept for row in rows)
+    assert [row.component.name for row in rows] == [
         "text_encoder", "text_encoder_critic", "predictor", "critic", "unet", "vae_decoder"
     ]  # fmt: skip
     bundle = open_bundle(path)
@@ -131,18 +150,15 @@ def test_alignment_may_be_missing_or_a_cosine(
         assert got.tolist() == pytest.approx(q, abs=1e-4)
 
 
-def test_the_manifest_says_what_looking_needs(with_clip: Job) -> None:
-    path, _ = export_bundle(with_clip)
+def test_the_manifest_says_what_looking_needs(made: Job) -> None:
+    path = made.out
     spec = open_bundle(path).critic
-    digest = tuple(with_clip.router.spec["critic"]["score_digest"])
+    digest = tuple(made.router.spec["critic"]["score_digest"])
     assert spec == CriticSpec(32, True, digest, "text_encoder_critic", "critic")
     assert "critic" not in json.loads((path / "bundle.json").read_text())["router"]
-    _, rows = export_bundle(with_clip)
-    assert all(row.kept for row in rows)
 
 
 def test_another_critic_on_the_same_clip_keeps_the_rest(with_clip: Job, clip: Path) -> None:
-    export_bundle(with_clip)
     folder = with_clip.router.folder
     head = critics.load(folder)
     with torch.no_grad():
@@ -155,22 +171,16 @@ def test_another_critic_on_the_same_clip_keeps_the_rest(with_clip: Job, clip: Pa
 
 
 def test_a_router_that_reads_with_the_critics_clip_shares_it(
-    with_clip: Job, tmp_path: Path
+    exported: Exported, clip: Path
 ) -> None:
-    clip = tiny.make_clip(tmp_path / "clip")  # as wide as what the tiny router reads
-    router = with_critic(tmp_path / "router", clip)
-    facts = dict(router.spec)
-    prompt = facts["text_probe"]["prompt"]
-    facts["text_probe"] = {"prompt": prompt, "state": open_encoder(clip).state(prompt)}
-    router = replace(router, spec=facts)
-    job = replace(
-        with_clip, router=router, critic=open_critic(str(clip), router), text_encoder=str(clip)
-    )
-    path, _ = export_bundle(job)
-    bundle = open_bundle(path)
-    assert bundle.critic is not None
-    assert bundle.critic.text_encoder == "text_encoder"
-    assert "text_encoder_critic" not in bundle.components
+    pipeline = exported.job.pipeline
+    reads, looks = open_encoder(clip), open_encoder(clip)
+    shared = read_texts(pipeline.folder, pipeline.family, reads, looks)
+    assert shared.critic == "text_encoder"
+    assert set(shared.encoders) == {"text_encoder", "text_encoder_diffusion"}
+    own = read_texts(pipeline.folder, pipeline.family, open_encoder(pipeline.folder), looks)
+    assert own.critic == "text_encoder_critic"
+    assert set(own.encoders) == {"text_encoder", "text_encoder_critic"}
 
 
 def test_a_bundle_without_a_critic_opens_as_before(copied: Job) -> None:
@@ -245,10 +255,10 @@ def test_the_command_takes_a_critic_and_tells_of_one_left_out(with_clip: Job, cl
         "--edge-model", with_clip.pipeline.folder, "--router", with_clip.router.folder,
         "-o", with_clip.out,
     )  # fmt: skip
+    result = call(*made_from, "--critic", clip)
+    assert result.exit_code == 0, result.stderr
+    assert open_bundle(with_clip.out).critic is not None
     result = call(*made_from)
     assert result.exit_code == 0, result.stderr
     assert "there will be no cascade; pass --critic with the CLIP 'clip'" in result.stderr
     assert open_bundle(with_clip.out).critic is None
-    result = call(*made_from, "--critic", clip)
-    assert result.exit_code == 0, result.stderr
-    assert open_bundle(with_clip.out).critic is not None
