@@ -18,10 +18,11 @@ DENOISER = "denoiser"  # in `--precision`: whichever the family has
 class Precisions:
     """One precision for what holds most weights and bears it, and others by component.
 
-    That are the text encoders and the denoiser. Decoders overflow in fp16 in some families and
-    hold convolutions, which int8 and int4 leave; the rest is small: those are lowered by name
-    alone. w8a8 is for denoiser and decoder, and for nothing else; text encoders that decide nothing
-    go with it in int8, which rounds their activations as they come.
+    That are the denoiser and the text encoders that it and the router read. Decoders overflow in
+    fp16 in some families and hold convolutions, which int8 and int4 leave, what a critic loses is
+    not counted in decisions, and the rest is small: those are lowered by name alone. w8a8 is for
+    denoiser and decoder, and for nothing else; text encoders that decide nothing go with it in
+    int8, which rounds their activations as they come.
     """
 
     usual: str = FP32

@@ -60,7 +60,10 @@ _VERSIONS = ("routet2i-edge", "numpy", "torch", "scikit-learn")
 )
 @click.option("--pictures", type=_THERE, help="Folder of pictures that label --pictures kept.")
 @click.option(
-    "--judge", type=_THERE, help="Network that judges --pictures a second time; starter world."
+    "--judge",
+    type=_THERE,
+    help="Network that judges --pictures a second time, and prompts with pictures alone; starter "
+    "world.",
 )
 @click.option(
     "--judge-scores", type=_FILE, help="Labels of the same prompts by a second judge, instead."

@@ -19,16 +19,9 @@ from cloud_server.training.evaluation.splits import cross_validation, held_out
 from cloud_server.training.evaluation.truth import Case, Truth
 from cloud_server.training.intervals import resamples
 from cloud_server.training.quality import ALIGNMENT, Metric
-from tests.made_up import METRICS, WEIGHTS, make_world
+from tests.made_up import EXTRAS, METRICS, WEIGHTS, make_world
 
 CLIP = {"scorer": {"clip": "a clip", "digest": "c" * 64, "alignment": None}}
-EXTRAS = {
-    "command": "cloud-server evaluate-router",
-    "versions": {"numpy": "2"},
-    "given_router": False,
-    "predictors": "1 linear",
-    "judge": {"name": "objects right", "by": "a network"},
-}
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from cloud_server.training.evaluation.report import page
 from cloud_server.training.evaluation.splits import cross_validation, held_out
 from cloud_server.training.evaluation.truth import Case, Truth
 from cloud_server.training.evaluation.verdict import interval, verdict
+from tests.made_up import EXTRAS
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,15 +220,6 @@ def test_predictions_that_are_right_lie_on_the_line():
         assert one["true"]["mean"] == pytest.approx(one["predicted"], abs=0.02)
     constant = details.calibration(np.full(50, 0.5), predicted[:50], 0)
     assert constant["correlation"]["mean"] is None
-
-
-EXTRAS = {
-    "command": "cloud-server evaluate-router --labels x.parquet",
-    "versions": {"numpy": "2"},
-    "given_router": False,
-    "predictors": "2 gated",
-    "judge": {"name": "objects right", "by": "a network"},
-}
 
 
 class Names(HTMLParser):
