@@ -36,7 +36,7 @@ from edge_agent.routing.critic import critic_of
 from edge_agent.routing.encoder import Encoded
 from edge_agent.routing.router import undecided, under
 from edge_agent.runtime.memory import peak_rss
-from edge_agent.runtime.network import Backend
+from edge_agent.runtime.network import Backend, out_of_memory
 from edge_agent.runtime.networks import Networks
 from edge_agent.types import (
     Cancellation,
@@ -390,10 +390,7 @@ class EdgeAgent:
                     call.cancellation,
                 )
             except MemoryError as err:
-                raise GenerationError(
-                    "drawing ran out of memory; "
-                    "ask for --memory low or a smaller --size, or close other programs"
-                ) from err
+                raise out_of_memory("drawing") from err
         if self._cloud is None:
             raise Unreachable(self._why_no_cloud(call.request))
         with self._paid(call):

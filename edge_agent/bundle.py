@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +223,12 @@ def default_path() -> Path:
     return Path(platformdirs.user_data_dir("routet2i-edge")) / "bundle"
 
 
-def open_bundle(path: Path, verify: bool = True, *, cache_path: Path | None = None) -> Bundle:
+def open_bundle(
+    path: str | os.PathLike[str],
+    verify: bool = True,
+    *,
+    cache_path: str | os.PathLike[str] | None = None,
+) -> Bundle:
     """Read `bundle.json` under `path` and check every file it names.
 
     `verify=False` skips the digests but not presence and size. Raises BundleError that names the
@@ -230,6 +236,7 @@ def open_bundle(path: Path, verify: bool = True, *, cache_path: Path | None = No
     """
     from edge_agent.manifest import read_manifest  # it needs what is above
 
+    path = Path(path)
     bundle = read_manifest(path)
     records = {
         relative: record
@@ -241,5 +248,5 @@ def open_bundle(path: Path, verify: bool = True, *, cache_path: Path | None = No
     for relative, record in records.items():
         check_size(path, relative, record)
     if verify:
-        check_digests(path, records, cache_path)
+        check_digests(path, records, None if cache_path is None else Path(cache_path))
     return bundle

@@ -20,6 +20,7 @@ import click
 
 from edge_agent.config import OPTIONS, Settings, resolve
 from edge_agent.errors import AgentError, Cancelled, ConfigError
+from edge_agent.runtime.network import is_out_of_memory, out_of_memory
 from edge_agent.terminal import (
     PROGRAM,
     cancellable,
@@ -311,6 +312,8 @@ def run(arguments: Sequence[str], env: Mapping[str, str]) -> int:
 
 
 def _unexpected(err: Exception) -> str:
+    if is_out_of_memory(err):
+        return str(out_of_memory("the command"))
     return f"unexpected {type(err).__name__}: {err}; run it again with --debug and report it"
 
 

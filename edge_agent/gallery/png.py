@@ -37,13 +37,13 @@ def check_folder(file: Path) -> None:
         raise _output_error(file, OSError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
-def write_png(file: Path, image: Image, record: Mapping[str, Any]) -> None:
+def write_png(file: str | os.PathLike[str], image: Image, record: Mapping[str, Any]) -> None:
     """Write `image` with `record` in its `routet2i` text chunk; equal input gives equal bytes.
 
     The bytes go to a temporary file in the same folder that then takes the name, so that nobody
     ever sees half a picture. Raises OutputError.
     """
-    with _written(file, image, record) as temporary:
+    with _written(Path(file), image, record) as temporary:
         os.replace(temporary, file)
 
 
@@ -98,7 +98,7 @@ def _written(file: Path, image: Image, record: Mapping[str, Any]) -> Iterator[Pa
         remove(temporary)
 
 
-def read_record(file: Path) -> dict[str, Any]:
+def read_record(file: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the record inside a picture; raise OutputError when it carries none."""
     from PIL import Image, UnidentifiedImageError
 

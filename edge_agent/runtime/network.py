@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol
 
 from edge_agent.errors import GenerationError
 from edge_agent.types import Cancellation, Provider
+
+if TYPE_CHECKING:  # where memory runs out, numpy may be what does not load
+    import numpy as np
 
 Shapes = Mapping[str, tuple[int, ...]]  # of every input, by name
 
@@ -77,23 +78,23 @@ def name_of(path: Path) -> str:
 def run_error(path: Path, engine: str, err: Exception) -> GenerationError:
     """Say in one sentence that `engine` failed to run the network in `path`."""
     if is_out_of_memory(err):
-        return out_of_memory(path)
+        return out_of_memory(name_of(path))
     return GenerationError(
         f"{engine} failed in {path} ({first_line(err)}); "
         "check the --size, or run `edge-agent doctor`"
     )
 
 
-def out_of_memory(path: Path) -> GenerationError:
-    """Say in one sentence that there was not enough memory to open or run the network."""
+def out_of_memory(what: str) -> GenerationError:
+    """Say in one sentence that there was not enough memory for `what`, such as a network."""
     return GenerationError(
-        f"{name_of(path)} ran out of memory; "
+        f"{what} ran out of memory; "
         "ask for --memory low or a smaller --size, or close other programs"
     )
 
 
 def is_out_of_memory(err: Exception) -> bool:
-    """Tell an engine's error for want of memory from others; they have no type of their own."""
+    """Tell an error for want of memory from others; those of engines have no type of their own."""
     text = str(err).lower()
     signs = (
         "bad_alloc",

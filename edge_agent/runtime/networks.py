@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_agent.bundle import Bundle, Component
 from edge_agent.errors import AgentError, Cancelled
-from edge_agent.precision import W8A8, check_precision
+from edge_agent.precision import W8A8, check_precision, suits
 from edge_agent.runtime import providers, sizes
 from edge_agent.runtime.checked import Checked
 from edge_agent.runtime.network import Backend, Engine, Shapes
@@ -210,7 +210,8 @@ class Networks:
             file,
             provider=provider,
             threads=self.threads,
-            optimized=part.optimized,
+            # Over fp16 on its CPU provider onnxruntime's optimiser can end the process (1.31).
+            optimized=part.optimized or not suits(part, provider),
             memory=self.memory,
             shapes=shapes,
             cache=None if provider is Provider.CPU else self._kept(part, provider, shapes),

@@ -28,6 +28,7 @@ from edge_agent.runtime.network import (
     cast,
     first_line,
     is_out_of_memory,
+    name_of,
     out_of_memory,
     run_error,
 )
@@ -121,7 +122,7 @@ class OpenVinoSession:
                 _write(self._compiled, compiled)
         except (RuntimeError, MemoryError) as err:
             if is_out_of_memory(err):
-                raise out_of_memory(path) from err
+                raise out_of_memory(name_of(path)) from err
             raise BundleError(
                 f"OpenVINO {version()} cannot load {path} ({first_line(err)}); "
                 "choose --provider cpu, or run `python -m export` to write it again"

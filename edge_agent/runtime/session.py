@@ -22,6 +22,7 @@ from edge_agent.runtime.network import (
     cast,
     first_line,
     is_out_of_memory,
+    name_of,
     out_of_memory,
     run_error,
 )
@@ -69,11 +70,11 @@ def default_threads() -> int:
 class Session:
     """One ONNX network in onnxruntime.
 
-    `optimized` says that the file was optimised at export: loading it then skips the optimiser,
-    which is most of the time to open a session. `shapes` fixes the inputs' sizes, for a provider
-    that wants that; `cache` is a folder for what the provider compiles. Raises BundleError when
-    the file does not load, ConfigError when the provider does not start, GenerationError when
-    memory runs out.
+    `optimized` says that the file is to run as it is, as one does that was optimised at export:
+    loading it then skips the optimiser, which is most of the time to open a session. `shapes`
+    fixes the inputs' sizes, for a provider that wants that; `cache` is a folder for what the
+    provider compiles. Raises BundleError when the file does not load, ConfigError when the
+    provider does not start, GenerationError when memory runs out.
     """
 
     def __init__(
@@ -169,7 +170,7 @@ def _load(
         return ort.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
     except _LOAD_ERRORS as err:
         if is_out_of_memory(err):
-            raise out_of_memory(path) from err
+            raise out_of_memory(name_of(path)) from err
         raise BundleError(
             f"{ENGINE} cannot load {path} ({first_line(err)}); "
             "run `python -m export` to write it again"

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 WIDTH, CONTEXT, LATENTS, SCALE = 8, 16, 4, 8
 CRITIC_SIDE = 16
@@ -370,6 +371,35 @@ def blank_decoder() -> Callable[[Path], None]:
     def swap(folder: Path) -> None:
         vae_decoder(folder / "vae_decoder" / "model.onnx", strength=0.0)
         edit_manifest(folder, lambda _: None)
+
+    return swap
+
+
+@pytest.fixture
+def half_text_encoder() -> Callable[[Path], None]:
+    """Replace a bundle's text encoder by one in fp16 that multiplies tokens first, as open_clip's.
+
+    On such a transpose the optimiser of onnxruntime 1.31 ends the process.
+    """
+
+    def swap(folder: Path) -> None:
+        file = folder / "text_encoder" / "model.onnx"
+        (table,) = (each for each in onnx.load(file).graph.initializer if each.name == "table")
+        save(
+            file,
+            [
+                helper.make_node("Gather", ["table", "input_ids"], ["embedded"]),
+                helper.make_node("Transpose", ["embedded"], ["tokens_first"], perm=[1, 0, 2]),
+                helper.make_node("MatMul", ["tokens_first", "weight"], ["mixed"]),
+                helper.make_node("Transpose", ["mixed"], ["hidden"], perm=[1, 0, 2]),
+                helper.make_node("ReduceMean", ["hidden", "axis"], ["pooled"], keepdims=0),
+            ],
+            {"input_ids": (TensorProto.INT64, ["batch", "tokens"])},
+            {"hidden": ["batch", "tokens", WIDTH], "pooled": ["batch", WIDTH]},
+            [table, tensor("weight", np.eye(WIDTH)), tensor("axis", [1], np.int64)],
+        )
+        onnx.save(convert_float_to_float16(onnx.load(file), keep_io_types=True), str(file))
+        edit_manifest(folder, lambda it: it["components"]["text_encoder"].update(precision="fp16"))
 
     return swap
 

@@ -28,6 +28,12 @@ def test_opens_with_typed_parts(tiny_bundle: Path) -> None:
     assert list(bundle.tokenizers) == ["text_encoder"]
 
 
+def test_opens_by_a_name_too(tiny_bundle: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "verified.json"
+    assert open_bundle(str(tiny_bundle), cache_path=str(cache)) == open_bundle(tiny_bundle)
+    assert cache.is_file()
+
+
 def test_a_missing_bundle_names_the_folder_and_the_command(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"no bundle at .*nowhere; run `python -m export`"):
         open_bundle(tmp_path / "nowhere")

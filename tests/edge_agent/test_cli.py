@@ -525,6 +525,21 @@ def test_what_the_output_cannot_hold_is_said(tiny_bundle: Path, tmp_path: Path) 
     assert none.stderr.startswith("edge-agent: the answer could not be printed")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
+def test_libraries_that_find_no_memory_are_a_sentence(tiny_bundle: Path, tmp_path: Path) -> None:
+    program = """
+import resource
+from edge_agent.cli import run
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (8 << 20),) * 2)
+sys.exit(run(["route", "a cat"], os.environ))
+"""
+    done = guarded(program, tiny_bundle, tmp_path)
+    told = "edge-agent: the command ran out of memory; ask for --memory low or a smaller --size"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{told}, or close other programs\n"
+
+
 def test_a_file_has_one_prompt_a_line_whatever_is_in_it(command: Command, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("a cat\u2028on a beach\r\n\n a dog \n".encode())
     done = command("route", "--json", "--file", "prompts.txt")

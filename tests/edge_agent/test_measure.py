@@ -12,7 +12,7 @@ from edge_agent.agent import EdgeAgent
 from edge_agent.bundle import open_bundle
 from edge_agent.measure import measure
 from edge_agent.runtime import openvino, providers
-from edge_agent.runtime.plan import Measured, Plan
+from edge_agent.runtime.plan import Measured, Plan, candidates
 from edge_agent.types import Provider, Request
 
 Rewrite = Callable[[Path, Callable[[dict[str, Any]], None]], None]
@@ -39,12 +39,17 @@ def test_every_network_is_measured_on_every_provider(told: Told) -> None:
     assert {found.psnr_db for _, provider, found in told if provider is Provider.CPU} == {200.0}
 
 
-def test_what_is_in_half_precision_is_measured_too(tiny_bundle: Path, rewrite: Rewrite) -> None:
+def test_what_is_in_half_precision_is_measured_too(
+    tiny_bundle: Path, rewrite: Rewrite, half_text_encoder: Callable[[Path], None]
+) -> None:
     """The CPU answers for the others to be compared with, though it would not draw so."""
+    half_text_encoder(tiny_bundle)
     rewrite(tiny_bundle, lambda it: it["components"]["unet"].update(precision="fp16"))
     results: Told = []
     measure(open_bundle(tiny_bundle), 1, lambda *result: results.append(result))
-    assert {one for name, one, _ in results if name == "unet"} == set(providers.available())
+    for part, precise in (("text_encoder", True), ("unet", False)):
+        measured = {one for name, one, found in results if name == part and found.right}
+        assert measured == set(candidates(precise))
 
 
 def test_a_preview_decoder_of_its_own_is_measured_too(tiny_bundle: Path, rewrite: Rewrite) -> None:

@@ -12,6 +12,7 @@ from edge_agent.agent import EdgeAgent
 from edge_agent.bundle import open_bundle
 from edge_agent.errors import BundleError
 from edge_agent.precision import check_precision
+from edge_agent.runtime import openvino
 from edge_agent.types import Provider, Request, Route
 
 Rewrite = Callable[[Path, Callable[[dict[str, Any]], None]], None]
@@ -39,3 +40,14 @@ def test_an_agent_on_a_processor_decides_but_refuses_to_draw_in_half_precision(
         assert agent.route("a cat").prs > 0
         with pytest.raises(BundleError, match="the unet of this bundle is in fp16"):
             agent.generate(Request("a cat", route=Route.EDGE))
+
+
+@pytest.mark.skipif(openvino.version() is None, reason="OpenVINO is not installed")
+@pytest.mark.parametrize("provider", [Provider.AUTO, Provider.OPENVINO])
+def test_what_decides_in_half_precision_is_compared_with_the_cpu_too(
+    tiny_bundle: Path, half_text_encoder: Callable[[Path], None], provider: Provider
+) -> None:
+    half_text_encoder(tiny_bundle)
+    with EdgeAgent(open_bundle(tiny_bundle), offline=True, provider=provider, threads=1) as agent:
+        assert agent.route("a cat").metrics
+        assert agent.backends["text_encoder"].provider is Provider.OPENVINO_F32

@@ -37,6 +37,11 @@ def test_a_picture_gives_its_record_back(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "a.png").tobytes() == picture().tobytes()
 
 
+def test_a_picture_is_written_and_read_by_a_name_too(tmp_path: Path) -> None:
+    write_png(str(tmp_path / "a.png"), picture(), RECORD)
+    assert read_record(str(tmp_path / "a.png")) == RECORD
+
+
 def test_equal_input_gives_equal_bytes_and_nothing_else_in_the_folder(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         write_png(tmp_path / name, picture(), RECORD)
