@@ -16,6 +16,7 @@ from safetensors import safe_open
 from cloud_server.torchvision_guard import guard
 from export.errors import ExportError
 from export.sources import Lora, Pipeline
+from export.weights import variant_of
 
 guard()
 import diffusers  # noqa: E402  the guard must come first
@@ -23,7 +24,9 @@ import diffusers  # noqa: E402  the guard must come first
 # The first of the two matrices of a layer, as diffusers, peft and kohya name it.
 _DOWN = re.compile(r"lora(_A|_down|\.down|_linear_layer\.down)(\.\w+)?\.weight$")
 # Parts that no picture of ours depends on.
-NOT_LOADED = ("safety_checker", "feature_extractor", "text_encoder_3", "tokenizer_3")
+NOT_LOADED = (
+    "safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3",
+)  # fmt: skip
 
 
 def merge(
@@ -37,7 +40,14 @@ def merge(
     kind = getattr(diffusers, pipeline.index["_class_name"])
     without = dict.fromkeys(part for part in NOT_LOADED if part in pipeline.index)
     diffusers.utils.logging.disable_progress_bar()  # the export has one of its own
-    loaded = kind.from_pretrained(pipeline.folder, torch_dtype=torch.float32, **without)
+    changed = [pipeline.family.denoiser, *(each.folder for each in pipeline.family.encoders)]
+    variants = [variant_of(pipeline.folder / part) for part in (*changed, "vae")]
+    loaded = kind.from_pretrained(
+        pipeline.folder,
+        torch_dtype=torch.float32,
+        variant=next(filter(None, variants), None),
+        **without,
+    )
     names = [f"adapter{number}" for number in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
         try:
@@ -57,7 +67,6 @@ def merge(
     loaded.set_adapters(names, [lora.scale for lora in loras])
     loaded.fuse_lora(adapter_names=names)
     loaded.unload_lora_weights()
-    changed = [pipeline.family.denoiser, *(each.folder for each in pipeline.family.encoders)]
     for part in changed:
         getattr(loaded, part).save_pretrained(into / part)
     for part in ["scheduler", *(each.tokenizer for each in pipeline.family.encoders)]:

@@ -20,13 +20,13 @@ from cloud_server.training.labels.prompts import sample_prompts
 from export import components, denoisers
 from export.bundle_writer import CRITIC, DECODER, PREVIEW_DECODER
 from export.critic import CriticSource
-from export.errors import ExportError
 from export.files import digest_of
 from export.network import Network
 from export.parity import GATES
 from export.recognizer import RecognizerSource
 from export.sources import Pipeline, RouterFolder
 from export.text import Texts
+from export.weights import load_whole
 
 guard()
 import diffusers  # noqa: E402  the guard must come first
@@ -79,6 +79,10 @@ def parts_of(
         gate = gates.get(name, GATES[metric])
         return Part(name, metric, gate, (digest_of(*sources), shape), load)
 
+    def model_of(kind: str, folder: Path) -> Any:
+        loaded = getattr(diffusers, kind)
+        return load_whole(loaded, folder, spared=NOT_EXPORTED, torch_dtype=torch.float32)
+
     def text_encoder(each: TextEncoder) -> Network:
         captions = sample_prompts(CALIBRATION, CALIBRATION_SEED)
         tokenizer = each.tokenizer  # made anew whenever it is asked for
@@ -86,12 +90,12 @@ def parts_of(
         return components.text_encoder(each.tower, each.context_length, ids)
 
     def denoiser() -> Network:
-        model = _whole(family.denoiser_class, pipeline.folder / family.denoiser)
+        model = model_of(family.denoiser_class, pipeline.folder / family.denoiser)
         module = denoisers.WRAPPERS[family.denoiser_class](model, texts.width)
         return denoisers.denoiser(module, size, texts.context_length, step=pipeline.latent_step)
 
     def vae_decoder(drawn: Pipeline) -> Network:
-        return components.vae_decoder(_whole(drawn.vae["_class_name"], drawn.vae_folder), size)
+        return components.vae_decoder(model_of(drawn.vae["_class_name"], drawn.vae_folder), size)
 
     decoders = {DECODER: pipeline}
     if pipeline.preview is not None and pipeline.preview is not pipeline:
@@ -140,27 +144,3 @@ def parts_of(
             for name, files, load in (recognizer.parts if recognizer else ())
         ),
     ]
-
-
-def _whole(kind: str, folder: Path) -> Any:
-    """Load a model of diffusers; raises ExportError where weights are missing or do not fit.
-
-    The library fills in what is missing with nothing at all, which is found out much later.
-    """
-    try:
-        model, found = getattr(diffusers, kind).from_pretrained(
-            folder, torch_dtype=torch.float32, output_loading_info=True
-        )
-    except ValueError as err:  # with advice for who calls the library
-        clause = str(err).partition(". ")[0].partition(", but got")[0].rpartition(" because ")[2]
-        raise ExportError(
-            f"the weights in '{folder}' do not fit its config.json ({clause}); fetch or train it "
-            "again"
-        ) from err
-    missing = sorted(key for key in found["missing_keys"] if not key.startswith(NOT_EXPORTED))
-    if missing:
-        raise ExportError(
-            f"weights are missing in '{folder}', {len(missing)} of them, the first {missing[0]}; "
-            "fetch or train it again"
-        )
-    return model

@@ -19,19 +19,18 @@ from edge_agent.errors import BundleError
 from export.errors import ExportError
 from export.families import FAMILIES, VAES, Family
 from export.files import read_json
+from export.weights import check_present, wanted
 
 CRITIC_WEIGHTS = "critic.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ("*.json", "tokenizer*/*", "scheduler/*", "*/config.json", "*/*.safetensors")
-HUB_VAE_FILES = ("config.json", "diffusion_pytorch_model*")
-HUB_PARTS_NOT_USED = (
-    "*.fp16.*",
-    "*non_ema*",
-    "safety_checker/*",
-    "feature_extractor/*",
-    "text_encoder_3/*",
-    "tokenizer_3/*",
-)
+# The folders in a repository that are fetched; "" is its own.
+PIPELINE_PARTS = sorted({"", "scheduler"}.union(*(each.classes for each in FAMILIES.values())))
+VAE_PARTS = ("",)
+# Where weights usually are, in parts that are diffusers' and in those that are transformers'.
+USUAL, USUAL_OF_TEXT = "diffusion_pytorch_model.safetensors", "model.safetensors"
+# Settings that are counted with; what the libraries alone read they check themselves.
+COUNTS = ("num_train_timesteps", "patch_size", "pos_embed_max_size", "sample_size")
+NUMBERS = ("beta_end", "beta_start", "scaling_factor", "shift_factor", "steps_offset")
 
 # What Turbo models come with, SD-Turbo the first and SDXL-Turbo the other, spaced from the end on.
 ONE_STEP = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
@@ -225,7 +224,7 @@ def open_pipeline(source: str, name: str | None = None) -> Pipeline:
 
     Raises ExportError when there is none or it holds a class or setting that the device cannot run.
     """
-    folder = _folder_of(source, HUB_FILES)
+    folder = _folder_of(source, PIPELINE_PARTS)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ExportError(
@@ -248,12 +247,15 @@ def open_pipeline(source: str, name: str | None = None) -> Pipeline:
                 f"the {part} of '{source}' is a {found}, which the device cannot run; "
                 f"supported: {', '.join(supported)}"
             )
-    denoiser = read_json(folder / family.denoiser / "config.json")
+    denoiser = _read_settings(folder / family.denoiser / "config.json")
     _check_inputs(source, family, denoiser)
     vae = _read_vae(folder / "vae", str(index["vae"][1]))
     _check_channels(source, family, denoiser, vae)
     for encoder in family.encoders:
         read_json(folder / encoder.folder / "config.json")
+        check_present(folder / encoder.folder, USUAL_OF_TEXT)
+    check_present(folder / family.denoiser, USUAL)
+    check_present(folder / "vae", USUAL)
     return Pipeline(
         folder=folder,
         name=name or (source if folder != Path(source) else folder.resolve().name),
@@ -271,7 +273,9 @@ def with_vae(pipeline: Pipeline, source: str) -> Pipeline:
 
     Raises ExportError when there is none or its latents are others.
     """
-    return _with_vae(pipeline, _folder_of(source, HUB_VAE_FILES))
+    changed = _with_vae(pipeline, _folder_of(source, VAE_PARTS))
+    check_present(changed.vae_folder, USUAL)
+    return changed
 
 
 def _with_vae(pipeline: Pipeline, folder: Path) -> Pipeline:
@@ -294,13 +298,14 @@ def with_preview(pipeline: Pipeline, source: str) -> Pipeline:
 
     Raises ExportError when there is none, it is a large one, or its latents are others.
     """
-    folder = _folder_of(source, HUB_VAE_FILES)
+    folder = _folder_of(source, VAE_PARTS)
     kind = _with_vae(pipeline, folder).vae["_class_name"]
     if kind != SMALL_VAE:
         raise ExportError(
             f"the autoencoder in '{folder}' is of the kind {kind}, too slow for previews; "
             f"pass an {SMALL_VAE}, such as TAESD's folder"
         )
+    check_present(folder, USUAL)
     return replace(pipeline, preview_vae=folder)
 
 
@@ -354,7 +359,7 @@ def _check_channels(
 
 def _read_scheduler(source: str, folder: Path, kind: str) -> dict[str, Any]:
     """Read the scheduler's configuration, and try whether the device has a sampler for it."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    config = _read_settings(folder / "scheduler" / "scheduler_config.json")
     if kind in REPLACED:
         config = {key: value for key, value in config.items() if key in OF_THE_PATH}
         kind = SOLVER
@@ -367,7 +372,7 @@ def _read_scheduler(source: str, folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _read_vae(folder: Path, kind: str | None = None) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
+    config = _read_settings(folder / "config.json")
     config["_class_name"] = kind or config.get("_class_name")
     if config["_class_name"] not in VAES:
         raise ExportError(
@@ -384,6 +389,23 @@ def _read_vae(folder: Path, kind: str | None = None) -> dict[str, Any]:
             f"the autoencoder in '{folder}' has latents_mean, which the device does not undo; "
             "choose another with --vae"
         )
+    return config
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """Read a configuration whose numbers are numbers; raises ExportError."""
+    config = read_json(file)
+    for key in (*COUNTS, *NUMBERS):
+        value = config.get(key)
+        sides = value if isinstance(value, list) and value else [value]  # height and width
+        count = all(type(side) is int and side > 0 for side in sides)
+        number = (isinstance(value, float) and math.isfinite(value)) or type(value) is int
+        if value is not None and not (count if key in COUNTS else number):
+            kind = "whole number above 0" if key in COUNTS else "number"
+            raise ExportError(
+                f"'{file}' says {key}={value!r}, which must be a {kind}; fetch or train the model "
+                "again"
+            )
     return config
 
 
@@ -432,22 +454,32 @@ def _check_critic(folder: Path, spec: Mapping[str, Any], width: int) -> None:
         )
 
 
-def _folder_of(source: str, files: Sequence[str]) -> Path:
-    """Return the folder `source`, or the one where `files` of the hub id `source` are kept."""
+def _folder_of(source: str, parts: Sequence[str]) -> Path:
+    """Return the folder `source`, or that where `parts` of the hub id `source` are kept."""
     if Path(source).is_dir():
         return Path(source)
     if not HUB_ID.fullmatch(source):
         raise ExportError(f"there is no folder '{source}'; pass a diffusers folder or a hub id")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        fetched = snapshot_download(
-            source, allow_patterns=list(files), ignore_patterns=list(HUB_PARTS_NOT_USED)
-        )
+        return _fetch(source, parts)
     except (HfHubHTTPError, HFValidationError, OSError) as err:
         raise ExportError(
             f"'{source}' is no folder here and could not be fetched as a hub id "
             f"({type(err).__name__}); check the name and the network, or pass a folder"
         ) from err
-    return Path(fetched)
+
+
+def _fetch(source: str, parts: Sequence[str]) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        files = wanted(HfApi().list_repo_files(source), parts)
+    except OSError as err:  # no network, or no answer: then what was fetched before
+        try:
+            return Path(snapshot_download(source, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise err from None
+    return Path(snapshot_download(source, allow_patterns=files))

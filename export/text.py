@@ -20,12 +20,12 @@ from cloud_server.training.encoders import (
     assemble,
     open_encoder,
     read_tokenizer,
-    whole,
 )
 from cloud_server.training.towers import ClipTower
 from export.bundle_writer import CRITIC_TEXT, DIFFUSION_TEXTS, ROUTER_TEXT
 from export.errors import ExportError
 from export.families import Family
+from export.weights import FP16, check_finite, load_whole, variant_of
 
 guard()
 import transformers  # noqa: E402  the guard must come first
@@ -79,10 +79,18 @@ class Texts:
 
 def open_text(source: str | Path) -> TextEncoder:
     """Open a text encoder in any format that a router can be trained on; raises ExportError."""
+    own = Path(source) / "text_encoder"
+    if own.is_dir() and variant_of(own):
+        raise ExportError(
+            f"'{own}' has weights of the {FP16} variant only, which training reads no prompts "
+            "with; pass --text-encoder with the model that the router was trained on"
+        )
     try:
-        return open_encoder(source)
+        encoder = open_encoder(source)
     except ModelError as err:
         raise ExportError(str(err)) from err
+    check_finite(encoder.tower.state_dict(), source)
+    return encoder
 
 
 def read_texts(
@@ -114,7 +122,7 @@ def from_pipeline(folder: Path, family: Family) -> list[TextEncoder]:
     for each in family.encoders:
         kind = getattr(transformers, each.kind)
         try:
-            model = whole(kind, folder / each.folder, dtype=torch.float32)
+            model = load_whole(kind, folder / each.folder, dtype=torch.float32)
             tokenizer = read_tokenizer(folder / each.tokenizer)
             tower = PipelineTower(
                 model, int(tokenizer.pad_token_id), family.text_states == "penultimate"

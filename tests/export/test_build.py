@@ -206,13 +206,41 @@ def test_weights_that_are_missing_are_not_made_up(copied, tmp_path, part):
     assert open_bundle(copied.out) == before
 
 
-def test_weights_of_another_shape_are_one_sentence(copied, tmp_path):
+BROKEN = {
+    "text_encoder": "text_model.embeddings.position_embedding.weight",
+    "unet": "conv_in.weight",
+    "vae": "decoder.layers.0.weight",
+}
+
+
+def with_weight(folder: Path, part: str, value: float, *, rows: int | None = None) -> str:
+    """Fill one weight of a part, which then has so many rows, and return its name."""
+    (file,) = (folder / part).glob("*.safetensors")
+    weights, name = load_file(file), BROKEN[part]
+    shape = weights[name].shape
+    weights[name] = torch.full((rows or shape[0], *shape[1:]), value)
+    save_file(weights, file, {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_weights_of_another_shape_are_one_sentence(copied, tmp_path, part):
     folder = tiny.make_pipeline(tmp_path / "broken")
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    save_file(weights | {"conv_in.weight": torch.zeros(1, 2, 3, 3)}, file, {"format": "pt"})
-    with pytest.raises(ExportError, match=r"in '.*unet' do not fit its config\.json \(conv_in"):
-        export_bundle(replace(copied, pipeline=open_pipeline(str(folder))))
+    name = with_weight(folder, part, 0.0, rows=3)
+    job = replace(copied, text_encoder=copied.pipeline.folder)
+    with pytest.raises(
+        ExportError, match=rf"in '.*{part}' do not fit its config\.json \({name} expected shape"
+    ):
+        export_bundle(replace(job, pipeline=open_pipeline(str(folder))))
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_weights_that_are_no_numbers_are_not_blamed_on_the_export(copied, tmp_path, part):
+    folder = tiny.make_pipeline(tmp_path / "broken")
+    name = with_weight(folder, part, float("nan"))
+    job = replace(copied, text_encoder=copied.pipeline.folder)
+    with pytest.raises(ExportError, match=rf"in '.*{part}' are damaged: {name} holds NaN"):
+        export_bundle(replace(job, pipeline=open_pipeline(str(folder))))
 
 
 @pytest.mark.parametrize(

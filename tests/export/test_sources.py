@@ -109,6 +109,23 @@ def changed_json(folder, name, **changes):
             "does not say its block_out_channels",
         ),
         ("model_index.json", {"unet": "x"}, "the unet of .* is a None"),
+        ("unet/config.json", {"sample_size": "x"}, "unet/config.json' says sample_size='x'"),
+        (
+            "unet/config.json",
+            {"sample_size": [8, 0]},
+            r"says sample_size=\[8, 0\], which must",
+        ),
+        ("vae/config.json", {"scaling_factor": "x"}, "vae/config.json' says scaling_factor='x'"),
+        (
+            "scheduler/scheduler_config.json",
+            {"beta_start": "x"},
+            "scheduler_config.json' says beta_start='x', which must be a number;",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"num_train_timesteps": 0},
+            "says num_train_timesteps=0, which must be a whole number above 0;",
+        ),
     ],
 )
 def test_a_folder_whose_parts_do_not_go_together_is_refused(tmp_path, name, changes, told):
