@@ -201,10 +201,10 @@ class Networks:
                 inputs=part.inputs,
                 f32=provider is Provider.OPENVINO_F32,
                 shapes=shapes,
-                compiled=self._kept(part, provider, shapes).with_suffix(".blob"),
+                compiled=self.kept(part, provider, shapes).with_suffix(".blob"),
                 halved=None
                 if part.precision == W8A8
-                else self._kept(part, Provider.OPENVINO, None).with_suffix(".xml"),
+                else self.kept(part, Provider.OPENVINO, None).with_suffix(".xml"),
             )
         return Session(
             file,
@@ -214,7 +214,7 @@ class Networks:
             optimized=part.optimized or not suits(part, provider),
             memory=self.memory,
             shapes=shapes,
-            cache=None if provider is Provider.CPU else self._kept(part, provider, shapes),
+            cache=None if provider is Provider.CPU else self.kept(part, provider, shapes),
         )
 
     def remember_size(self, part: Component, provider: Provider, shapes: Shapes) -> None:
@@ -226,9 +226,9 @@ class Networks:
         return sizes.remembered(self._sizes(network.part, network.choice.provider), known)
 
     def _sizes(self, part: Component, provider: Provider) -> Path:
-        return self._kept(part, provider, None).with_suffix(".sizes.json")
+        return self.kept(part, provider, None).with_suffix(".sizes.json")
 
-    def _kept(self, part: Component, provider: Provider, shapes: Shapes | None) -> Path:
+    def kept(self, part: Component, provider: Provider, shapes: Shapes | None) -> Path:
         """Return where `provider` keeps what it compiles: never one place for two outcomes."""
         about = [digest_of(part), provider, providers.engine_of(provider)]
         about += [
@@ -236,6 +236,8 @@ class Networks:
             str(self.threads),
             repr(sorted((shapes or {}).items())),
         ]
+        if provider is Provider.TENSORRT:  # whose engines are built for it
+            about.append(self.memory)
         key = hashlib.sha256("\n".join(about).encode()).hexdigest()[:24]
         return self._cache / "compiled" / f"{part.name}-{provider.base}-{key}"
 

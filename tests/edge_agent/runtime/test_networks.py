@@ -51,6 +51,24 @@ def test_a_network_opens_at_its_first_run_and_stays(tiny_bundle: Path) -> None:
     assert str(opened.backends["vae_decoder"]).startswith("cpu (onnxruntime ")
 
 
+def test_engines_of_tensorrt_have_a_place_of_their_own_for_whatever_they_are_built_for(
+    tiny_bundle: Path,
+) -> None:
+    small, large = ({"latent_sample": (1, 4, side, side)} for side in (8, 16))
+    normal = networks(tiny_bundle)
+    decoder, predictor = (normal.bundle.components[each] for each in ("vae_decoder", "predictor"))
+    places = [
+        normal.kept(decoder, Provider.TENSORRT, small),
+        normal.kept(decoder, Provider.TENSORRT, large),
+        normal.kept(predictor, Provider.TENSORRT, small),
+        normal.kept(decoder, Provider.CUDA, small),
+        networks(tiny_bundle, memory=Memory.LOW).kept(decoder, Provider.TENSORRT, small),
+    ]
+    assert len(set(places)) == len(places)
+    again = networks(tiny_bundle).kept(decoder, Provider.TENSORRT, dict(small))
+    assert again == places[0]
+
+
 def test_with_little_memory_only_one_is_open_at_a_time(tiny_bundle: Path) -> None:
     opened = networks(tiny_bundle, memory=Memory.LOW)
     decoder, predictor = opened.get("vae_decoder"), opened.get("predictor")
