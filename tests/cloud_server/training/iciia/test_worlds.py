@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,6 @@ from cloud_server.training.iciia.backbone import Backbone, small_network
 from cloud_server.training.iciia.train import open_source
 from cloud_server.training.iciia.worlds import (
     DRAWERS,
-    EMOJI_SIDE,
     EMOJI_TEST,
     SIDE,
     VIEWS,
@@ -67,7 +68,7 @@ def test_the_emoji_world() -> None:
     parts = [set(random[samples.of(split)]) for split in ("train", "val", "test")]
     assert not parts[0] & parts[1] | parts[1] & parts[2] | parts[0] & parts[2]
     one, again = samples.draw(np.array([3, 700, 5])), samples.draw(np.array([5]))
-    assert one.shape == (3, EMOJI_SIDE, EMOJI_SIDE, 3)
+    assert one.shape == (3, SIDE, SIDE, 3)
     assert (one[2] == again[0]).all()
     assert not (one[0] == one[1]).all()
     (a, labels), (b, _), (c, _) = (samples.lesson(step, 8) for step in (1, 1, 2))
@@ -76,47 +77,70 @@ def test_the_emoji_world() -> None:
     assert labels.max() < len(samples.classes)
 
 
+def draw_alphabets(folder: Path, ink_of: Callable[[int, int], slice]) -> Path:
+    """Write two alphabets of two characters, one of them in both files, inked in these rows."""
+    for number, alphabets in ((1, ("Greek", "Latin")), (2, ("Latin",))):
+        with zipfile.ZipFile(folder / f"images_background_small{number}.zip", "w") as archive:
+            for alphabet, character, drawer in product(alphabets, (1, 2), range(1, 21)):
+                paper = np.full((105, 105), 255, np.uint8)
+                paper[ink_of(character, drawer)] = 0
+                stream = io.BytesIO()
+                Image.fromarray(paper).save(stream, "PNG")
+                name = f"{alphabet}/character0{character}/0001_{drawer:02}.png"
+                archive.writestr(f"images_background_small{number}/{name}", stream.getvalue())
+    return folder
+
+
 @pytest.fixture
 def drawings(tmp_path: Path) -> Path:
-    """Two alphabets of two characters, one of them in both files."""
-    for number, alphabets in ((1, ("Greek", "Latin")), (2, ("Latin",))):
-        with zipfile.ZipFile(tmp_path / f"images_background_small{number}.zip", "w") as archive:
-            for alphabet in alphabets:
-                for character in (1, 2):
-                    for drawer in range(1, 21):
-                        ink = np.full((105, 105), 255, np.uint8)
-                        ink[5 * character : 5 * character + 4 * drawer] = 0
-                        stream = io.BytesIO()
-                        Image.fromarray(ink).save(stream, "PNG")
-                        name = f"character0{character}/0001_{drawer:02}.png"
-                        archive.writestr(
-                            f"images_background_small{number}/{alphabet}/{name}", stream.getvalue()
-                        )
-    return tmp_path
+    """Drawings of which a drawer's number says how many rows are ink."""
+    return draw_alphabets(tmp_path, lambda character, drawer: slice(5 * character, 4 * drawer))
 
 
 def test_omniglot_is_split_by_drawer_and_met_by_alphabet_or_person(drawings: Path) -> None:
     samples = omniglot(drawings)
     assert len(samples.classes) == 4
-    counts = [len(samples.of(split)) for split in DRAWERS]
-    lesson, train, val, test = (4 * len(drawers) for drawers in DRAWERS.values())
-    assert counts == [lesson, train * VIEWS, val, test]
+    for split, drawers in DRAWERS.items():
+        chosen = samples.of(split)
+        once = np.unique(np.stack([samples.labels, samples.clients["drawer"]])[:, chosen], axis=1)
+        assert len(chosen) == once.shape[1] * VIEWS[split] == 4 * len(drawers) * VIEWS[split]
     alphabet, drawer = samples.clients["alphabet"], samples.clients["drawer"]
     assert (alphabet == samples.labels // 2).all()
     parts = [set(drawer[samples.of(split)]) for split in DRAWERS]
     assert len(set.union(*parts)) == sum(map(len, parts))  # nobody drew for two of them
-    test = samples.of("test")
-    dark = (samples.draw(test)[..., 0] < 128).mean(axis=(1, 2))
-    many, few = drawer[test] % 100 == 20, drawer[test] % 100 == 16
-    assert dark[many].min() > dark[few].max()  # as drawn: test pictures are never turned
 
 
-def test_omniglots_lessons_are_by_other_drawers(drawings: Path) -> None:
+def test_a_drawing_has_several_pictures_that_can_be_drawn_again(drawings: Path) -> None:
     samples = omniglot(drawings)
-    pictures, _ = samples.lesson(0, 64)
-    # A drawer's number is how many rows of ink it drew in here; a turn moves few.
-    rows = (pictures[..., 0].mean(2) < 128).sum(1)
-    assert rows.max() <= 1.5 * 4 * max(DRAWERS["lesson"]) * 64 / 105
+    test = samples.of("test")
+    pairs = np.stack([samples.labels, samples.clients["drawer"]])
+    views = test[(pairs[:, test] == pairs[:, test[:1]]).all(0)]
+    assert len(views) == VIEWS["test"]
+    pictures = samples.draw(views)
+    assert pictures.shape == (VIEWS["test"], SIDE, SIDE, 3)
+    assert not (pictures[0] == pictures[1]).all()
+    assert (pictures[1] == samples.draw(views[1:2])[0]).all()
+
+
+def test_ink_is_darker_than_its_paper(drawings: Path) -> None:
+    samples = omniglot(drawings)
+    drawer = samples.clients["drawer"] % 100
+    # A drawer's number is how many rows of ink it drew in here.
+    light = [samples.draw(np.flatnonzero(drawer == who)).mean() for who in (1, 13)]
+    assert light[0] > light[1] + 15
+
+
+def test_omniglots_lessons_are_by_those_who_drew_for_training(tmp_path: Path) -> None:
+    learnt = DRAWERS["train"]
+    blank_or_black = draw_alphabets(
+        tmp_path, lambda _, who: slice(0 if who in learnt else 105, 105)
+    )
+    samples = omniglot(blank_or_black)
+    (lesson, labels), (again, _) = samples.lesson(0, 64), samples.lesson(0, 64)
+    assert (lesson == again).all()
+    assert set(labels) == set(range(4))
+    others = samples.draw(samples.of("test"))
+    assert np.median(lesson[:, 48, 48]) < 100 < np.median(others[:, 48, 48])
 
 
 def test_omniglot_missing_says_where_it_is_from(tmp_path: Path) -> None:
