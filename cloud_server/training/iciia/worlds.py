@@ -83,8 +83,8 @@ class Camera:
     """Takes bad pictures of sprites: turned, scaled, tinted, blurred, noisy, on any background.
 
     `smallest` is of the side, `slant` the most that is sheared away, `tint` multiplies colours,
-    `paper` is how dark and how light backgrounds are, `noisiest` the spread of noise; the last
-    three of the range of pixels. `sprites` are RGBA, (S, 4, 96, 96), colour times opacity.
+    `paper` is how dark and how light backgrounds are and `noisiest` the spread of noise, both of
+    the range of pixels. `sprites` are RGBA, (S, 4, 96, 96), colour times opacity.
     """
 
     sprites: Tensor = field(repr=False)
@@ -96,7 +96,7 @@ class Camera:
     seed: int
 
     def stored(self, subjects: Ints, indices: Ints) -> Pixels:
-        """Return the pictures of these indices, of a world with one picture of each subject."""
+        """Return the pictures of these indices of a world whose picture i is of `subjects[i]`."""
         # A picture depends on its chunk alone, so that any part of the world can be drawn again.
         drawn = np.empty((len(indices), SIDE, SIDE, 3), np.uint8)
         for chunk in np.unique(indices // _CHUNK):
@@ -130,9 +130,8 @@ class Camera:
         sprite = F.grid_sample(sprite, grid, align_corners=False)
         colour, opacity = sprite[:, :3], sprite[:, 3:]
         grey = colour.mean(1, keepdim=True)
-        colour = (grey + (colour - grey) * uniform(0.0, 1.0, 1, 1, 1)) * uniform(
-            *self.tint, 3, 1, 1
-        )
+        saturation, tint = uniform(0.0, 1.0, 1, 1, 1), uniform(*self.tint, 3, 1, 1)
+        colour = (grey + (colour - grey) * saturation) * tint
         coarse, fine = uniform(*self.paper, 3, 2, 2), uniform(-0.15, 0.15, 3, 8, 8)
         below = sum(
             F.interpolate(part, (SIDE, SIDE), mode="bilinear", align_corners=True)
