@@ -26,7 +26,7 @@ from export.parity import GATES
 from export.recognizer import RecognizerSource
 from export.sources import Pipeline, RouterFolder
 from export.text import Texts
-from export.weights import load_whole
+from export.weights import load_sound
 
 guard()
 import diffusers  # noqa: E402  the guard must come first
@@ -81,7 +81,7 @@ def parts_of(
 
     def model_of(kind: str, folder: Path) -> Any:
         loaded = getattr(diffusers, kind)
-        return load_whole(loaded, folder, spared=NOT_EXPORTED, torch_dtype=torch.float32)
+        return load_sound(loaded, folder, spared=NOT_EXPORTED, torch_dtype=torch.float32)
 
     def text_encoder(each: TextEncoder) -> Network:
         captions = sample_prompts(CALIBRATION, CALIBRATION_SEED)

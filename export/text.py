@@ -25,7 +25,7 @@ from cloud_server.training.towers import ClipTower
 from export.bundle_writer import CRITIC_TEXT, DIFFUSION_TEXTS, ROUTER_TEXT
 from export.errors import ExportError
 from export.families import Family
-from export.weights import FP16, check_finite, load_whole, variant_of
+from export.weights import FP16, check_finite, load_sound, variant_of
 
 guard()
 import transformers  # noqa: E402  the guard must come first
@@ -122,7 +122,7 @@ def from_pipeline(folder: Path, family: Family) -> list[TextEncoder]:
     for each in family.encoders:
         kind = getattr(transformers, each.kind)
         try:
-            model = load_whole(kind, folder / each.folder, dtype=torch.float32)
+            model = load_sound(kind, folder / each.folder, dtype=torch.float32)
             tokenizer = read_tokenizer(folder / each.tokenizer)
             tower = PipelineTower(
                 model, int(tokenizer.pad_token_id), family.text_states == "penultimate"

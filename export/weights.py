@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from cloud_server.errors import ModelError
 from export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -66,35 +67,21 @@ def variant_of(folder: Path) -> str | None:
     return FP16 if any(f".{FP16}" in name for name in best(_names(folder))) else None
 
 
-def load_whole(kind: Any, folder: Path, *, spared: Sequence[str] = (), **settings: Any) -> Any:
+def load_sound(kind: Any, folder: Path, *, spared: Sequence[str] = (), **settings: Any) -> Any:
     """Load a model of diffusers or transformers, all of whose weights are there, fit and are sound.
 
-    The libraries fill in at random, or with nothing at all, what is missing, which is found out
-    much later. Weights whose names begin as `spared` may be anything. Raises ExportError.
+    Weights that are `spared`, as `load_whole` says, may be anything. Raises ExportError.
     """
+    from cloud_server.training.weights import is_spared, load_whole, misfit
+
     try:
-        model, found = kind.from_pretrained(
-            folder,
-            variant=variant_of(folder),
-            ignore_mismatched_sizes=True,  # they are told below, by name
-            output_loading_info=True,
-            **settings,
-        )
+        model = load_whole(kind, folder, spared=spared, variant=variant_of(folder), **settings)
+    except ModelError as err:
+        raise ExportError(str(err)) from err
     except ValueError as err:  # with advice for who calls the library
-        raise _misfit(folder, str(err).partition(". ")[0]) from err
-    # Diffusers gives their shapes too, transformers does not.
-    unfit = sorted(each if isinstance(each, str) else each[0] for each in found["mismatched_keys"])
-    weights = model.state_dict()
-    if unfit:
-        raise _misfit(folder, f"{unfit[0]} expected shape {tuple(weights[unfit[0]].shape)}")
-    spare = {key for key in (*weights, *found["missing_keys"]) if key.startswith(tuple(spared))}
-    missing = sorted(set(found["missing_keys"]) - spare)
-    if missing:
-        raise ExportError(
-            f"weights are missing in '{folder}', {len(missing)} of them, the first {missing[0]}; "
-            "fetch or train it again"
-        )
-    check_finite({key: each for key, each in weights.items() if key not in spare}, folder)
+        raise ExportError(str(misfit(folder, str(err).partition(". ")[0]))) from err
+    weights = model.state_dict().items()
+    check_finite({key: each for key, each in weights if not is_spared(key, spared)}, folder)
     return model
 
 
@@ -106,12 +93,6 @@ def check_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
                 f"the weights in '{source}' are damaged: {name} holds NaN or infinity; fetch or "
                 "train it again"
             )
-
-
-def _misfit(folder: Path, why: str) -> ExportError:
-    return ExportError(
-        f"the weights in '{folder}' do not fit its config.json ({why}); fetch or train it again"
-    )
 
 
 def _names(folder: Path) -> list[str]:

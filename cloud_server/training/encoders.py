@@ -26,6 +26,7 @@ from cloud_server.errors import ModelError
 from cloud_server.torchvision_guard import guard
 from cloud_server.training.predictor import pooled
 from cloud_server.training.towers import ClipTower, HuggingFaceTower, OpenClipTower, Tower
+from cloud_server.training.weights import load_whole
 from edge_agent.routing.encoder import Tokenizer
 
 guard()
@@ -37,6 +38,7 @@ BATCH = 64
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_FILES = (OPEN_CLIP_CONFIG, "open_clip_model.safetensors")
 CLIP_TYPES = ("clip", "clip_text_model")
+NOT_READ = ("position_ids", "pooler.")  # weights that no state depends on
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,36 +144,20 @@ def _transformers(
 ) -> TextEncoder:
     config = AutoConfig.from_pretrained(source)
     tokenizer = read_tokenizer(vocabulary or source)
-    settings: dict[str, Any] = {"dtype": torch.float32}
+    settings: dict[str, Any] = {"dtype": torch.float32, "spared": NOT_READ}
     tower: Tower
     if config.model_type in CLIP_TYPES:
-        model = whole(CLIPTextModel, source, **settings)
+        model = load_whole(CLIPTextModel, source, **settings)
         tower = ClipTower(model, int(tokenizer.pad_token_id) if vocabulary else None)
     else:
         known = type(config) in transformers.AutoModelForTextEncoding._model_mapping
         kind = transformers.AutoModelForTextEncoding if known else transformers.AutoModel
-        model = whole(kind, source, **settings)
+        model = load_whole(kind, source, **settings)
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
         tower = HuggingFaceTower(getattr(model, "text_model", model))
     files = (source,) if isinstance(source, Path) else ()
     return assemble(name, tower, tokenizer, files)
-
-
-def whole(kind: Any, source: str | Path, **settings: Any) -> Any:
-    """Load a model of transformers; raises ModelError where weights are missing.
-
-    The library would fill them in at random. Poolers that we never ask may be.
-    """
-    model, found = kind.from_pretrained(source, output_loading_info=True, **settings)
-    spared = ("position_ids", "pooler.")
-    missing = sorted(key for key in found["missing_keys"] if not any(s in key for s in spared))
-    if missing:
-        raise ModelError(
-            f"weights are missing in '{source}', {len(missing)} of them, the first {missing[0]}; "
-            "fetch or train it again"
-        )
-    return model
 
 
 def _open_clip(

@@ -17,7 +17,7 @@ from export.errors import ExportError
 from export.lora import merge
 from export.sources import PIPELINE_PARTS, VAE_PARTS, open_lora, open_pipeline, with_preview
 from export.text import open_text
-from export.weights import best, load_whole, wanted
+from export.weights import best, load_sound, wanted
 from tests import families, tiny
 
 # But for weights, which each test adds.
@@ -166,7 +166,7 @@ def test_weights_of_the_fp16_variant_are_read_where_there_are_no_others(tmp_path
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
-    model = load_whole(UNet2DConditionModel, folder, torch_dtype=torch.float32)
+    model = load_sound(UNet2DConditionModel, folder, torch_dtype=torch.float32)
     return dict(model.state_dict())
 
 

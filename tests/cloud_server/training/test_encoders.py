@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cloud_server.errors import ModelError
 from cloud_server.training.encoders import open_encoder
@@ -153,6 +154,18 @@ def test_a_tokenizer_of_another_model_is_refused(folders, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match="knows 36 tokens and its text encoder only 16"):
         open_encoder(folder)
+
+
+@pytest.mark.parametrize(("left", "told"), [(None, "are missing in"), (3, "do not fit its config")])
+def test_weights_that_are_missing_or_of_another_shape_are_told(folders, tmp_path, left, told):
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["bert"], broken)
+    weights = load_file(broken / "model.safetensors")
+    name = next(key for key in sorted(weights) if "attention.self.query.weight" in key)
+    cut = weights.pop(name)[:left].contiguous()
+    save_file(weights | ({name: cut} if left else {}), broken / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"weights .*{told}.*attention\.self\.query\.weight"):
+        open_encoder(broken)
 
 
 @pytest.mark.parametrize("what", ["empty folder", "broken weights", "no such id"])
