@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
@@ -135,10 +135,11 @@ class EdgeAgent:
     Networks are opened when first needed: deciding opens the text encoder and the predictor only.
     `memory` says how long they stay open, `provider` what runs them.
     `share` is the share of prompts that may go to the cloud, by default the bundle's own; `budget`
-    keeps it over time, and its limits with it. With `cascade` the device draws first, where the
-    cloud may be asked at all, and asks it only for what fell short. Calls may come from several
-    threads. Raises ConfigError when `provider` is absent, or the critic that a cascade with this
-    cloud needs.
+    keeps it over time, and its limits with it. Unless `capped`, prompts that the device draws at
+    least as well go there too, until the share is full: for curves over all shares. With `cascade`
+    the device draws first, where the cloud may be asked at all, and asks it only for what fell
+    short. Calls may come from several threads. Raises ConfigError when `provider` is absent, or the
+    critic that a cascade with this cloud needs.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class EdgeAgent:
         *,
         cloud: CloudGenerator | None = None,
         share: float | None = None,
+        capped: bool = True,
         budget: Ledger | None = None,
         cascade: bool = False,
         offline: bool = False,
@@ -160,9 +162,10 @@ class EdgeAgent:
         self._edge = Edge(networks)
         self._cloud = None if offline else cloud
         self._share = bundle.router.default_share if share is None else share
+        self._capped = capped
         self._budget = None if self._cloud is None else budget
         self._critic = critic_of(bundle) if cascade and self._cloud is not None else None
-        self._pacer = Pacer((self._critic or bundle.router).score_digest, self._share)
+        self._pacer = self._pacer_by((self._critic or bundle.router).score_digest)
         self._offline = offline
         self._clock = clock
 
@@ -194,12 +197,12 @@ class EdgeAgent:
         """
         check_prompt(prompt)
         try:
-            decision, _ = self._edge.router(self._share).decide(prompt)
+            decision, _ = self._edge.router(self._share, capped=self._capped).decide(prompt)
         finally:
             self._edge.release()
         if self._budget is None:
             return decision
-        pacer = Pacer(self.bundle.router.score_digest, self._share)
+        pacer = self._pacer_by(self.bundle.router.score_digest)
         return under(pacer.threshold(self._budget.pace()), decision)
 
     def generate(
@@ -232,13 +235,15 @@ class EdgeAgent:
         opened, encoded, admitted = started, None, None
         try:
             self._edge.open(drawing=False)
-            router = self._edge.router(self._share)
+            router = self._edge.router(self._share, capped=self._capped)
             opened = self._clock()
             decision, encoded = router.decide(request.prompt)
             _stop_if(cancellation)  # before a call is reserved
         except (BundleError, GenerationError, MemoryError) as err:
             why = str(err) or "memory ran out"
-            decision = self._overrule(undecided(self.bundle.router, self._share, why), request)
+            spec = self.bundle.router
+            told = undecided(spec, self._share, why, capped=self._capped)
+            decision = self._overrule(told, request)
             looking = False
         else:
             if looking:
@@ -290,6 +295,9 @@ class EdgeAgent:
             peak_rss=peak_rss(),
         )
 
+    def _pacer_by(self, digest: Sequence[float]) -> Pacer:
+        return Pacer(digest, self._share, capped=self._capped)
+
     def _cloud_allowed(self, request: Request) -> bool:
         return (
             self._cloud is not None
@@ -339,7 +347,7 @@ class EdgeAgent:
         """Decide by a look at the edge's picture, under the budget's threshold as `_admit`."""
         assert call.encoded is not None  # or there would be no look
         try:
-            critic = self._edge.critic(self._share)
+            critic = self._edge.critic(self._share, capped=self._capped)
             judged = critic.judge(drawn.image, call.request.prompt, call.encoded, decision.metrics)
         except (BundleError, GenerationError, MemoryError) as err:
             reason = f"nobody could look at it: {str(err) or 'memory ran out'}"

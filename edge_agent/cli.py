@@ -48,7 +48,7 @@ _BUDGET = ("budget_pictures", "budget_cost", "cloud_cost", "ledger")
 _RECOGNIZING = ("client", "history", "histories", "top")
 _DRAWING = tuple(name for name in OPTIONS if name not in _RECOGNIZING)
 _COMPUTING = ("provider", "memory", "threads")
-_DECIDING = ("bundle", "share", *_COMPUTING, "json", "quiet", "debug")
+_DECIDING = ("bundle", "share", "cap", *_COMPUTING, "json", "quiet", "debug")
 
 
 @dataclass(slots=True)
@@ -341,6 +341,7 @@ def _open_agent(settings: Settings) -> EdgeAgent:
         open_bundle(settings.bundle),
         cloud=None if address is None else LazyCloud(lambda: _connect(address)),
         share=settings.share,
+        capped=settings.cap,
         budget=_budget(settings),
         cascade=settings.cascade,
         offline=settings.offline,

@@ -106,6 +106,13 @@ OPTIONS: dict[str, Option[Any]] = {
         "Share of prompts that may go to the cloud.",
         "0..1",
     ),
+    "cap": Option(
+        _switch,
+        True,
+        "true or false",
+        "Keep here what this device is expected to draw at least as well, whatever the share; "
+        "without it the share is filled, for curves over all shares.",
+    ),
     "cascade": Option(
         _switch,
         False,
@@ -232,6 +239,7 @@ class Settings:
 
     bundle: Path
     share: float | None
+    cap: bool
     cascade: bool
     offline: bool
     cloud: str | None

@@ -32,22 +32,24 @@ class Edge:
         self._critic: Critic | None = None
         self._generator: EdgeGenerator | None = None
 
-    def router(self, share: float) -> Router:
+    def router(self, share: float, *, capped: bool = True) -> Router:
         """Return what decides."""
         with self._lock:
             if self._router is None:
                 encoder, predictor = self._deciding()
                 reader = self._text_encoder(encoder)
-                self._router = Router(reader, predictor, self.bundle.router, share)
+                spec = self.bundle.router
+                self._router = Router(reader, predictor, spec, share, capped=capped)
             return self._router
 
-    def critic(self, share: float) -> Critic:
+    def critic(self, share: float, *, capped: bool = True) -> Critic:
         """Return what looks at pictures; raises ConfigError where the bundle has no critic."""
         with self._lock:
             if self._critic is None:
                 encoder, network = self._looking()
                 spec, metrics = critic_of(self.bundle), self.bundle.router.metrics
-                self._critic = Critic(self._text_encoder(encoder), network, spec, metrics, share)
+                reader = self._text_encoder(encoder)
+                self._critic = Critic(reader, network, spec, metrics, share, capped=capped)
             return self._critic
 
     def generator(self, clock: Callable[[], float]) -> EdgeGenerator:

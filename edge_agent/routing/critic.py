@@ -56,13 +56,15 @@ class Critic:
         spec: CriticSpec,
         metrics: Sequence[Metric],
         share: float,
+        *,
+        capped: bool = True,
     ) -> None:
         self._text_encoder = text_encoder
         self._network = network
         self._spec = spec
         self._metrics = metrics
         self.share = share
-        self.threshold = threshold(spec.score_digest, share)
+        self.threshold = threshold(spec.score_digest, share, capped=capped)
 
     def judge(
         self, picture: Image, prompt: str, encoded: Encoded, before: Mapping[str, float]

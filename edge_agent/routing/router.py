@@ -29,13 +29,19 @@ class Router:
     """Sends at most a share of prompts to the cloud: those that gain most by it."""
 
     def __init__(
-        self, text_encoder: Encoder, predictor: Session, spec: RouterSpec, share: float
+        self,
+        text_encoder: Encoder,
+        predictor: Session,
+        spec: RouterSpec,
+        share: float,
+        *,
+        capped: bool = True,
     ) -> None:
         self._text_encoder = text_encoder
         self._predictor = predictor
         self._metrics = spec.metrics
         self.share = share
-        self.threshold = threshold(spec.score_digest, share)
+        self.threshold = threshold(spec.score_digest, share, capped=capped)
 
     def decide(self, prompt: str) -> tuple[Decision, Encoded]:
         """Return where a prompt goes, and its encoding for the edge to draw from."""
@@ -90,10 +96,10 @@ def under(limit: float, decision: Decision) -> Decision:
     )
 
 
-def undecided(spec: RouterSpec, share: float, why: str) -> Decision:
+def undecided(spec: RouterSpec, share: float, why: str, *, capped: bool = True) -> Decision:
     """Return the decision where nothing could be predicted: neither side is the better one."""
     reason = f"nothing could be decided, so the edge comes first: {why}"
-    limit = threshold(spec.score_digest, share)
+    limit = threshold(spec.score_digest, share, capped=capped)
     return Decision(Route.EDGE, reason, 0.5, 0.5, limit, share, {})
 
 
@@ -101,6 +107,11 @@ def explain(score: float, limit: float, share: float, metrics: Mapping[str, floa
     """Say in one sentence why a score leads where it leads; D_i below 1/2 favours the cloud."""
     if share == 0.0:
         return f"score {score:.3f}, but the cloud's share is 0: every prompt stays on the edge"
+    if score > limit and score <= 0.5:
+        return (
+            f"score {score:.3f} above threshold {limit:.3f}: the edge is expected to be at least "
+            f"as good, but without the cap the cloud gets its share of {share:.0%} all the same"
+        )
     if score > limit:
         best = sorted((d, name) for name, d in metrics.items() if d < 0.5)
         names = ", ".join(name for _, name in best[:2])

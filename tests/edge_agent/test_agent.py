@@ -403,6 +403,20 @@ def test_a_share_of_zero_keeps_everything_here(make_agent: MakeAgent) -> None:
     assert make_agent(share=0.0).route(HARD).route is Route.EDGE
 
 
+@pytest.mark.parametrize("paced", [False, True])
+def test_without_the_cap_a_full_share_takes_easy_prompts_too(
+    make_agent: MakeAgent, ledger: Ledger, paced: bool
+) -> None:
+    options = {"cloud": Cloud(), "share": 1.0, "budget": ledger if paced else None}
+    kept, sent = make_agent(**options), make_agent(**options, capped=False)
+    assert kept.route(EASY).threshold == 0.5
+    assert sent.route(EASY).threshold < 0.5
+    assert [agent.generate(Request(EASY)).drawn_on.value for agent in (kept, sent)] == [
+        "edge",
+        "cloud",
+    ]
+
+
 def test_literal_control_tokens_are_plain_text(make_agent: MakeAgent) -> None:
     agent = make_agent()
     assert agent.route("a cat <|endoftext|> two dogs").score > agent.route("a cat").score

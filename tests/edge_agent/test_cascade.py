@@ -61,6 +61,18 @@ def test_a_picture_that_pleases_is_kept_however_hard_its_prompt(make_agent: Make
     assert result.fallback_from is None
 
 
+@pytest.mark.parametrize("paced", [False, True])
+def test_without_the_cap_even_what_pleases_is_drawn_again_for_a_full_share(
+    make_agent: MakeAgent, ledger: Callable[[int], Ledger], paced: bool
+) -> None:
+    options = {"cloud": Cloud(), "share": 1.0, "budget": ledger(9) if paced else None}
+    sent = make_agent(0.6, **options, capped=False).generate(Request(EASY))
+    kept = make_agent(0.6, **options).generate(Request(EASY))
+    assert (kept.drawn_on, kept.decision.threshold) == (Route.EDGE, 0.5)
+    assert (sent.drawn_on, sent.decision.score) == (Route.CLOUD, pytest.approx(0.4))
+    assert sent.decision.threshold < 0.4
+
+
 def test_a_picture_that_fell_short_is_drawn_again_in_the_cloud(make_agent: MakeAgent) -> None:
     cloud, events = Cloud(), list[Event]()
     result = make_agent(HARSH, cloud=cloud).generate(Request(EASY, seed=3), events.append)

@@ -94,6 +94,15 @@ def test_route_prints_one_json_object_a_line(command: Command) -> None:
     assert set(hard["timings_ms"]) == {"open", "decide"}
 
 
+def test_route_without_the_cap_fills_the_share(command: Command) -> None:
+    routes = [
+        command("route", "a cat", "a dog", HARD, "--share", "1", *flags).stdout.split("\n")
+        for flags in ((), ("--no-cap",))
+    ]
+    assert [line[:5].strip() for line in routes[0] if line] == ["edge", "edge", "cloud"]
+    assert [line[:5].strip() for line in routes[1] if line] == ["cloud"] * 3
+
+
 def test_the_end_of_a_prompt_that_is_too_long_is_ignored_aloud(
     command: Command, tmp_path: Path
 ) -> None:

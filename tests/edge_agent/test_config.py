@@ -30,7 +30,7 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(config: P
 
 def test_every_option_has_a_setting_and_an_environment_twin(config: Path) -> None:
     good = {
-        "bundle": "b", "share": "0.5", "cascade": "yes", "offline": "true",
+        "bundle": "b", "share": "0.5", "cap": "no", "cascade": "yes", "offline": "true",
         "cloud": "127.0.0.1:50051", "pace": "on",
         "budget_pictures": "5", "budget_cost": "1.50", "cloud_cost": "0.05",
         "ledger": "l.sqlite3",

@@ -11,7 +11,8 @@ which is the stochastic quantile tracker, or dual gradient descent, of adaptive 
     |sent - rho * T| <= (1 + 2 * eta) / eta.
 
 A score of 1/2 or less stays on the edge whatever the budget, as RouteT2I's section 5.2 has it, so
-that with such prompts only `sent - rho * T <= (1 + 2 * eta) / eta` can hold, and does.
+that with such prompts only `sent - rho * T <= (1 + 2 * eta) / eta` can hold, and does. Without that
+cap both sides hold for any prompts.
 """
 
 from __future__ import annotations
@@ -51,19 +52,25 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Pacer:
-    """Keeps `share` of prompts (0..1) for the cloud, starting at its quantile in `digest`."""
+    """Keeps `share` of prompts (0..1) for the cloud, starting at its quantile in `digest`.
+
+    Unless `capped` it sends prompts that the edge draws as well, too, to keep it.
+    """
 
     digest: Sequence[float]
     share: float
     eta: float = ETA
+    capped: bool = True
 
     def threshold(self, pace: Pace) -> float:
-        """Return the score above which a prompt goes to the cloud now; at least 1/2."""
+        """Return the score above which a prompt goes to the cloud now; at least 1/2 if capped."""
         if self.share == 0.0:
             return 1.0
         looked_up = self.share - self.eta * pace.ahead
         # Beyond 1 even the least score of the digest must go, which no quantile can say.
-        return 0.5 if looked_up > 1.0 else threshold(self.digest, max(0.0, looked_up))
+        if looked_up > 1.0:
+            return 0.5 if self.capped else 0.0
+        return threshold(self.digest, max(0.0, looked_up), capped=self.capped)
 
     def decided(self, pace: Pace, *, sent: bool) -> Pace:
         """Return the pace after one more prompt, which was sent or stayed."""
@@ -73,9 +80,10 @@ class Pacer:
         return Pace(after, pace.credit + before + sent - after)
 
     def _lowest(self) -> float:
-        """Return the `ahead` below which the threshold is 1/2 anyway, less one step.
+        """Return the `ahead` below which the threshold is at its lowest anyway, less one step.
 
         Prompts that the edge draws as well cannot be sent, and must not earn credit without end.
         """
-        kept = max(0, bisect_right(self.digest, 0.5) - 1) / max(1, len(self.digest) - 1)
+        below = max(0, bisect_right(self.digest, 0.5) - 1) if self.capped else 0
+        kept = below / max(1, len(self.digest) - 1)
         return (self.share - (1.0 - kept) - self.eta) / self.eta

@@ -40,8 +40,9 @@ class FixedPredictor:
         return [self.d]
 
 
-def decide(*d, share=0.3):
-    return Router(FixedEncoder(), FixedPredictor(*d), SPEC, share).decide("a cat")[0]
+def decide(*d, share=0.3, capped=True):
+    router = Router(FixedEncoder(), FixedPredictor(*d), SPEC, share, capped=capped)
+    return router.decide("a cat")[0]
 
 
 def test_a_prompt_that_gains_much_goes_to_the_cloud_and_says_where_it_gains():
@@ -75,6 +76,18 @@ def test_equal_quality_stays_on_the_edge_even_with_share_one():
     decision = decide(0.5, 0.5, 0.5, 0.5, share=1.0)
     assert decision.route is Route.EDGE
     assert decision.reason.endswith("the edge is expected to be at least as good")
+
+
+def test_without_the_cap_the_share_is_filled_with_what_the_edge_draws_as_well():
+    decision = decide(0.7, 0.4, 0.7, 0.6, share=0.9, capped=False)
+    assert decision.route is Route.CLOUD
+    assert decision.threshold < decision.score < 0.5
+    assert decision.reason.endswith(
+        "the edge is expected to be at least as good, "
+        "but without the cap the cloud gets its share of 90% all the same"
+    )
+    assert decide(0.7, 0.4, 0.7, 0.6, share=0.3, capped=False).route is Route.EDGE
+    assert decide(0.2, 0.1, 0.6, 0.3, capped=False) == decide(0.2, 0.1, 0.6, 0.3)
 
 
 def test_share_zero_never_sends_anything():

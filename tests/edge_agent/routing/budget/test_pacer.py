@@ -54,6 +54,13 @@ def test_the_share_is_never_exceeded_on_any_sequence_whatever(digest, share, eta
 
 
 @settings(max_examples=40, deadline=None)
+@given(digests, shares, etas, st.lists(any_score, min_size=1, max_size=200))
+def test_without_the_cap_the_share_is_kept_on_any_sequence_whatever(digest, share, eta, scores):
+    above_nothing = np.maximum(scores, 1e-9)  # a score of 0 is above no threshold
+    assert within(follow(Pacer(digest, share, eta, capped=False), above_nothing), share, eta)
+
+
+@settings(max_examples=40, deadline=None)
 @given(shares, etas, st.booleans())
 def test_an_adversary_who_knows_the_threshold_gains_nothing(share, eta, greedy):
     """Every score lies just above the threshold, or just at it, whichever hurts."""
@@ -84,9 +91,10 @@ def test_the_bound_holds_on_classic_adversaries(share, scores):
     assert within(follow(Pacer(WORTHY, share), scores), share, ETA)
 
 
-@given(digests, shares)
-def test_it_starts_at_the_quantile(digest, share):
-    assert Pacer(digest, share).threshold(Pace()) == threshold(digest, share)
+@given(digests, shares, st.booleans())
+def test_it_starts_at_the_quantile(digest, share, capped):
+    pacer = Pacer(digest, share, capped=capped)
+    assert pacer.threshold(Pace()) == threshold(digest, share, capped=capped)
 
 
 @given(digests, st.floats(-200, 200), any_score)
