@@ -155,7 +155,7 @@ def train(plan: Plan, out: Path) -> Iterator[str]:
             "asked; train with more --strangers"
         )
     else:
-        yield f"it is asked from {least} pictures of history on"
+        yield f"it is asked from {least} picture{'s' * (least > 1)} of history on"
     about = {
         "source": plan.source,
         "clients": plan.clients or next(iter(samples.clients)),
