@@ -149,8 +149,8 @@ class Camera:
 class EmojiWorld:
     """Every emoji of one code point, in bad pictures.
 
-    Lessons are of somewhat better ones: of those it is asked about, the backbone learnt to name more
-    by them in as many steps.
+    Lessons are of somewhat better ones: in as many steps they taught the backbone to name more of
+    those that it is asked about than lessons as bad as these did.
     """
 
     def __init__(self, seed: int = 0) -> None:
