@@ -149,8 +149,7 @@ class Camera:
 class EmojiWorld:
     """Every emoji of one code point, in bad pictures.
 
-    Lessons are of somewhat better ones: in as many steps they taught the backbone to name more of
-    those that it is asked about than lessons as bad as these did.
+    Lessons are of somewhat better ones, as those were by which the committed backbone was trained.
     """
 
     def __init__(self, seed: int = 0) -> None:
