@@ -147,7 +147,7 @@ def scored(head: CriticHead, d: Floats, features: Features, labels: Labels, rows
     `d` (N, k) is what the router said of every prompt of the labels.
     """
     scores = np.full((len(rows), len(labels.seeds)), np.nan)
-    place, column = np.nonzero(labels.drawn[rows])
+    place, column = np.nonzero(labels.drawn[0, rows])
     quality, before = labels.q[0, rows[place], column], d[rows[place]]
     for at in np.array_split(np.arange(len(place)), -(-len(place) // BATCH)):
         given = torch.from_numpy(before[at]).float(), *features.at(rows[place[at]])
@@ -163,7 +163,7 @@ def looked(
 
     `d` (N, k) is what the router said. True is the PRS beside the cloud's mean over all its seeds.
     """
-    place, column = np.nonzero(labels.drawn[rows])
+    place, column = np.nonzero(labels.drawn[0, rows])
     edge, cloud = labels.q[0, rows[place], column], labels.mean[1, rows[place]]
     mu_edge, mu_cloud = learned.mu
     true = prs(quality_distance(edge, cloud, mu_edge, mu_cloud, learned.gamma), labels.weights)

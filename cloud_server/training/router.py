@@ -218,7 +218,7 @@ def check(labels: Labels) -> None:
             f"{LEAST_PROMPTS} at least, better hundreds; label more prompts"
         )
     bad = ~np.isfinite(labels.q)
-    bad &= (labels.drawn | ~labels.drawn.any(1, keepdims=True))[:, :, None]
+    bad &= (labels.drawn | ~labels.drawn.any(2, keepdims=True))[..., None]
     if bad.any():
         model, prompt, _, metric = np.argwhere(bad)[0]
         raise DataError(

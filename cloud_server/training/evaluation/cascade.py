@@ -76,7 +76,7 @@ def pictures(labels: Labels, weights: Floats, rows: Rows) -> tuple[Rows, Rows, T
 
     A picture is the place of its prompt in `rows` (M,) and the place of its seed (M,).
     """
-    prompt, seed = np.nonzero(labels.drawn[rows])
+    prompt, seed = np.nonzero(labels.drawn[0, rows])
     edge, cloud = labels.q[0, rows[prompt], seed], labels.mean[1, rows[prompt]]
     mu, gamma, _ = distances(labels, rows)
     return prompt, seed, Truth(edge, cloud, weights, dataset_gaps(*mu), gamma)

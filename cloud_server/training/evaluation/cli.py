@@ -252,8 +252,8 @@ def _plan(
 
     from cloud_server.training.evaluation.splits import SMALL, cross_validation, held_out, these
 
-    # A prompt that lacks seeds which others have is too noisy to judge by.
-    among = np.flatnonzero(labels.drawn.all(1))
+    # A prompt that lacks pictures which others have is too noisy to judge by.
+    among = np.flatnonzero(labels.drawn.all((0, 2)))
     if shown is not None:
         kept = [row for row in among if shown.whole(int(row), labels.seeds)]
         among = np.array(kept) if kept else among
@@ -266,8 +266,8 @@ def _plan(
             )
     if len(among) < 2:
         raise DataError(
-            "no two prompts of these labels have every seed, so none can be judged; pass the file "
-            "with most seeds alone, or label with the same"
+            "no two prompts of these labels have every seed by both models, so none can be judged; "
+            "pass the file with most seeds alone, or label with the same"
         )
     if fresh is not None:
         return these(labels.prompts, among, 1, seed)
@@ -346,7 +346,7 @@ def _judged(
         missing = [p for p in (labels.prompts[row] for row in plan.rows) if p not in at]
         if missing:
             raise DataError(f"{scores} has no scores of {missing[0]!r}; judge the same prompts")
-        gain = (other.q[1] - other.q[0]).mean(1) @ other.weights
+        gain = (other.mean[1] - other.mean[0]) @ other.weights
         return np.array([gain[at[p]] if p in at else np.nan for p in labels.prompts]), None
     return None, None
 

@@ -50,6 +50,11 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     show_default=True,
     help="Pictures of every prompt by either model.",
 )
+@click.option(
+    "--edge-seeds",
+    type=click.IntRange(min=1),
+    help="Pictures of every prompt by the edge, where more: that makes labels less noisy.",
+)
 @click.option("--clip", help="Open_clip folder or name that judges.  [default: the starter's]")
 @click.option("--pretrained", help="Weights that go with a name in --clip.")
 @click.option("--metrics", type=_FILE, help="TOML file of metrics.  [default: the ten]")
@@ -102,6 +107,7 @@ def label_command(
     cloud: str | None,
     cloud_address: str | None,
     seeds: int,
+    edge_seeds: int | None,
     clip: str | None,
     pretrained: str | None,
     metrics: Path | None,
@@ -123,6 +129,10 @@ def label_command(
     with one_sentence(debug=debug):
         if cloud and cloud_address:
             raise ConfigError("--cloud and --cloud-address are both given; choose one")
+        if edge_seeds is not None and edge_seeds < seeds:
+            raise ConfigError(
+                f"--edge-seeds {edge_seeds} is below --seeds {seeds}; give more or leave it out"
+            )
         prompts = _prompts(file, starter_prompts, seed)
         if not out.parent.is_dir():
             raise DataError(f"the folder {out.parent} does not exist; create it or change --out")
@@ -167,6 +177,7 @@ def label_command(
             prompts,
             range(seeds),
             work,
+            edge_seeds=None if edge_seeds is None else range(edge_seeds),
             batch=batch,
             spread=spread,
         )
@@ -194,8 +205,7 @@ def _starter(name: str) -> str:
 
 def _report(labels: Labels) -> None:
     """Say on stderr, by metric, the means and on how many prompts the cloud is ahead."""
-    q = labels.q.mean(2)
     click.echo(f"{'metric':<14}{'edge':>8}{'cloud':>8}   cloud ahead", err=True)
-    for name, edge, cloud in zip(labels.metrics, *q.transpose(0, 2, 1), strict=True):
+    for name, edge, cloud in zip(labels.metrics, *labels.mean.transpose(0, 2, 1), strict=True):
         ahead = f"{(cloud > edge).mean():.0%} of {len(labels.prompts)} prompts"
         click.echo(f"{name:<14}{edge.mean():>8.3f}{cloud.mean():>8.3f}   {ahead}", err=True)

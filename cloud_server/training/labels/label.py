@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cloud_server.errors import DataError
 from cloud_server.training.labels.painters import Painter
 from cloud_server.training.labels.store import Store
-from cloud_server.training.labels.table import MODELS, Labels
+from cloud_server.training.labels.table import MODELS, Labels, over_seeds
 from cloud_server.training.labels.work import Batch, Scorer, Spread, Work, here
 
 VERSIONS = ("routet2i-edge", "torch", "diffusers", "transformers", "open_clip_torch")
@@ -30,24 +30,29 @@ def label(
     seeds: Sequence[int],
     out: Path,
     *,
+    edge_seeds: Sequence[int] | None = None,
     batch: int = 16,
     spread: Spread = here,
 ) -> Labels:
     """Draw and score every prompt with every seed on both models, and keep the scores in `out`.
 
-    Both models start a picture from the same noise, which differs from prompt to prompt. Every
-    model has a store of its own, named by the digest of all that decides its labels but the seeds:
-    a run that was killed goes on with the batches that are missing, more seeds cost only
-    themselves, and a new edge model leaves the cloud's labels as they are.
+    The edge draws with `edge_seeds`, where given, which can be many where it is fast. Both models
+    start a picture from the same noise, which differs from prompt to prompt. Every model has a
+    store of its own, named by the digest of all that decides its labels but the seeds: a run that
+    was killed goes on with the batches that are missing, more seeds cost only themselves, and a
+    new edge model leaves the cloud's labels as they are.
     """
     if len(set(prompts)) < len(prompts):
         raise DataError("a prompt stands twice among those to label; give each once")
+    edge_seeds = seeds if edge_seeds is None else edge_seeds
+    every = sorted({*edge_seeds, *seeds})
     q, digests, models = [], [], {}
-    for side, painter in zip(MODELS, (edge, cloud), strict=True):
+    for side, painter, known in zip(MODELS, (edge, cloud), (edge_seeds, seeds), strict=True):
         work = Work(painter, scorer, tuple(prompts))
         header = {"model": painter.digest, "scorer": scorer.digest, "prompts": list(prompts)}
         with Store(out, header) as store:
-            q.append(_label_one(side, work, seeds, store, batch, spread))
+            scores = _label_one(side, work, known, store, batch, spread)
+        q.append(over_seeds(scores, known, every))
         digests.append(store.digest)
         models[side] = {
             "name": painter.name,
@@ -55,12 +60,13 @@ def label(
             "settings": dict(painter.settings),
         }
     names = tuple(metric.name for metric in scorer.metrics)
-    digest = hashlib.sha256(json.dumps([digests, list(seeds)]).encode()).hexdigest()[:24]
+    drawn = [list(seeds)] if list(edge_seeds) == list(seeds) else [list(seeds), list(edge_seeds)]
+    digest = hashlib.sha256(json.dumps([digests, *drawn]).encode()).hexdigest()[:24]
     rounded = np.stack(q).astype(np.float32).astype(np.float64)  # as a file holds them
     return Labels(
         rounded,
         tuple(prompts),
-        tuple(seeds),
+        tuple(every),
         names,
         digest,
         tuple(scorer.metrics),

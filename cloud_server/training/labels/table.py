@@ -33,7 +33,7 @@ _INDEX = ("model", "prompt", "seed")
 class Labels:
     """Qualities `q` (model, prompt, seed, metric), models in the order edge, cloud.
 
-    Where several labels were joined, a prompt has NaN for the seeds that it was not drawn with.
+    Where a model drew a prompt with fewer seeds than there are, it has NaN for the others.
     `digest` tells these labels from those of other models, prompts, seeds or metrics. `described`
     has the text and weight of every metric, and `origin` what can be put in JSON of the models,
     the CLIP and the versions; both are empty where nobody knows.
@@ -49,14 +49,14 @@ class Labels:
 
     @property
     def drawn(self) -> NDArray[np.bool_]:
-        """Which prompt was drawn with which seed, (prompt, seed)."""
-        return np.asarray(np.isfinite(self.q).any((0, 3)))
+        """Which model drew which prompt with which seed, (model, prompt, seed)."""
+        return np.asarray(np.isfinite(self.q).any(3))
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Qualities (model, prompt, metric), averaged over the seeds that a prompt has."""
-        drawn = self.drawn[:, :, None]
-        return np.asarray(np.where(drawn, self.q, 0.0).sum(2) / drawn.sum(1), np.float64)
+        """Qualities (model, prompt, metric), averaged over the seeds that a model drew it with."""
+        drawn = self.drawn[..., None]
+        return np.asarray(np.where(drawn, self.q, 0.0).sum(2) / drawn.sum(2), np.float64)
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -86,14 +86,15 @@ class Labels:
 
 def write(labels: Labels, file: Path) -> None:
     """Write labels to a Parquet file, whole or not at all; equal labels give equal bytes."""
-    grid = np.indices(labels.q.shape[:3], np.int32).reshape(3, -1)
+    drawn = labels.drawn
+    grid = np.stack(np.nonzero(drawn)).astype(np.int32)
     values = (MODELS, labels.prompts, labels.seeds)
     columns: dict[str, pa.Array] = {
         name: pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(known))
         for name, codes, known in zip(_INDEX, grid, values, strict=True)
     }
     for name, q in zip(labels.metrics, np.moveaxis(labels.q, -1, 0), strict=True):
-        columns[name] = pa.array(q.ravel().astype(np.float32))
+        columns[name] = pa.array(q[drawn].astype(np.float32))
     described = labels.described or [
         Metric(name, "", "", weight)
         for name, weight in zip(labels.metrics, labels.weights.tolist(), strict=True)
@@ -139,19 +140,26 @@ def read(file: Path) -> Labels:
         if model not in models:
             raise DataError(f"{file} has no labels of the model {model!r}; it needs edge and cloud")
     prompts = tuple(dict.fromkeys(prompt for _, prompt, _ in rows))
-    seeds = tuple(sorted({seed for _, _, seed in rows}))
+    by_model = [sorted({seed for m, _, seed in rows if m == model}) for model in MODELS]
     row_of = {row: i for i, row in enumerate(rows)}
-    wanted = [(m, p, s) for m in MODELS for p in prompts for s in seeds]
+    wanted = [
+        (m, p, s) for m, known in zip(MODELS, by_model, strict=True) for p in prompts for s in known
+    ]
     if not len(row_of) == len(rows) == len(wanted) or row_of.keys() != set(wanted):
         raise DataError(
-            f"{file} has {len(rows)} rows and not one for each of {len(prompts)} prompts, "
-            f"{len(seeds)} seeds, edge and cloud; label again"
+            f"{file} has {len(rows)} rows and not one for each of {len(prompts)} prompts with "
+            "{} seeds of the edge and {} of the cloud; label again".format(*map(len, by_model))
         )
-    order = [row_of[row] for row in wanted]
-    shape = (len(MODELS), len(prompts), len(seeds), len(names))
+    ordered = q[[row_of[row] for row in wanted]]
+    seeds = tuple(sorted({*by_model[0], *by_model[1]}))
+    sides = np.split(ordered, [len(prompts) * len(by_model[0])])
+    padded = [
+        over_seeds(side.reshape(len(prompts), len(known), len(names)), known, seeds)
+        for side, known in zip(sides, by_model, strict=True)
+    ]
     origin = {k: v for k, v in facts.items() if k not in ("format", "digest", "metrics")}
     digest = str(facts.get("digest", ""))
-    return Labels(q[order].reshape(shape), prompts, seeds, names, digest, described, origin)
+    return Labels(np.stack(padded), prompts, seeds, names, digest, described, origin)
 
 
 def join(parts: Sequence[Labels]) -> Labels:
@@ -176,14 +184,21 @@ def join(parts: Sequence[Labels]) -> Labels:
     for part in parts:
         known = set(prompts)
         rows = [row for row, prompt in enumerate(part.prompts) if prompt not in known]
-        padded = np.full((len(MODELS), len(rows), len(seeds), len(first.metrics)), np.nan)
-        padded[:, :, np.searchsorted(seeds, part.seeds)] = part.q[:, rows]
-        q.append(padded)
+        q.append(over_seeds(part.q[:, rows], part.seeds, seeds))
         prompts += [part.prompts[row] for row in rows]
     digest = hashlib.sha256(json.dumps([part.digest for part in parts]).encode()).hexdigest()[:24]
     return replace(
         first, q=np.concatenate(q, 1), prompts=tuple(prompts), seeds=tuple(seeds), digest=digest
     )
+
+
+def over_seeds(
+    q: NDArray[np.float64], known: Sequence[int], seeds: Sequence[int]
+) -> NDArray[np.float64]:
+    """Spread qualities (..., known, metric) over ascending `seeds`, NaN for those not known."""
+    spread = np.full((*q.shape[:-2], len(seeds), q.shape[-1]), np.nan)
+    spread[..., np.searchsorted(seeds, known), :] = q
+    return spread
 
 
 def judge_of(labels: Labels) -> dict[str, Any]:

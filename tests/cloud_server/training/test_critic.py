@@ -115,6 +115,19 @@ def test_seeds_that_a_prompt_lacks_are_no_pictures() -> None:
     assert len(looked(head, features, joined, known, HALF, rows)) == 60 * 3 + 60
 
 
+def test_pictures_that_the_edge_alone_drew_are_looked_at() -> None:
+    features, labels = made_up()
+    q = labels.q.copy()
+    q[1, :, 1:] = np.nan
+    more, rows = replace(labels, q=q), np.arange(120)
+    known = learned(more, rows)
+    head = fit_head(features, more, known.mu, known.gamma, rows)
+    assert np.isfinite(scored(head, HALF, features, more, rows)).all()
+    _, true = looked(head, features, more, known, HALF, rows).T
+    assert len(true) == 120 * 3
+    assert np.isfinite(true).all()
+
+
 def test_one_metric_is_enough() -> None:
     features, labels = made_up()
     one = replace(

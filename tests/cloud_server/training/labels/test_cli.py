@@ -62,6 +62,16 @@ def test_labels_are_written_with_all_that_made_them(flags, models, tmp_path):
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 8
 
 
+def test_the_edge_may_draw_more_than_the_cloud(flags, tmp_path):
+    result = invoke(*flags, "--edge-seeds", "3")
+    assert result.exit_code == 0, result.output
+    assert read(tmp_path / "labels.parquet").drawn.sum(2).tolist() == [[3, 3], [2, 2]]
+    assert "of 2 prompts" in result.stderr
+    result = invoke(*flags, "--edge-seeds", "1")
+    assert result.exit_code != 0
+    assert "--edge-seeds 1 is below --seeds 2; give more or leave it out" in result.stderr
+
+
 def test_other_metrics_and_weights_need_no_new_pictures(flags, models, tmp_path):
     pictures = ["--pictures", str(tmp_path / "pictures")]
     assert invoke(*flags, *pictures).exit_code == 0

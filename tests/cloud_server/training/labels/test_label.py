@@ -126,6 +126,18 @@ def test_more_seeds_cost_only_themselves(tmp_path):
     np.testing.assert_array_equal(labels.q[:, :, :1], first.q)
 
 
+def test_the_edge_may_draw_more(tmp_path):
+    first = run(tmp_path, seeds=[0])
+    edge, cloud = PlainPainter("edge"), PlainPainter("cloud", 0)
+    labels = run(tmp_path, edge, cloud, seeds=[0], edge_seeds=[0, 1, 2])
+    assert len(edge.drawn) == len(PROMPTS) * 2
+    assert labels.seeds == (0, 1, 2)
+    assert labels.digest != first.digest
+    assert labels.drawn.sum(2).tolist() == [[3] * 3, [1] * 3]
+    np.testing.assert_array_equal(labels.q[:, :, :1], first.q)
+    np.testing.assert_allclose(labels.mean[..., 1], [[0.2] * 3, [0.8] * 3], atol=1e-6)
+
+
 @pytest.mark.parametrize("cut", [1, 9, 36])
 def test_a_line_that_was_half_written_is_drawn_again(tmp_path, cut):
     first = run(tmp_path)

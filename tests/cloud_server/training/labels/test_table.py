@@ -50,6 +50,33 @@ def test_labels_come_back_as_they_were_written(file):
         assert getattr(again, name) == getattr(labels, name)
 
 
+def more_of_the_edge():
+    """Labels of one picture of every prompt by the cloud and three by the edge."""
+    labels = made_up()
+    labels.q[1, :, 1:] = np.nan
+    return labels
+
+
+def test_the_edge_may_have_drawn_more(tmp_path):
+    labels = more_of_the_edge()
+    write(labels, tmp_path / "labels.parquet")
+    assert pq.read_table(tmp_path / "labels.parquet").num_rows == 4 * (3 + 1)
+    again = read_for_training(tmp_path / "labels.parquet")
+    np.testing.assert_array_equal(again.q, labels.q)
+    assert again.drawn.sum(2).tolist() == [[3] * 4, [1] * 4]
+    np.testing.assert_allclose(again.mean[0], labels.q[0].mean(1))
+    np.testing.assert_array_equal(again.mean[1], labels.q[1, :, 0])
+
+
+def test_a_picture_that_the_cloud_has_of_some_prompts_only_is_missed(tmp_path):
+    labels = more_of_the_edge()
+    labels.q[1, 2, 1] = 0.5
+    write(labels, tmp_path / "labels.parquet")
+    told = "17 rows and not one for each of 4 prompts with 3 seeds of the edge and 2 of the cloud"
+    with pytest.raises(DataError, match=told):
+        read(tmp_path / "labels.parquet")
+
+
 def test_the_order_of_rows_does_not_matter(file):
     before = read(file)
     change(file, lambda table: table.sort_by([("Sharp", "ascending")]))
@@ -234,7 +261,7 @@ def test_more_prompts_with_fewer_seeds_are_joined():
     )
     both = join([labels, more])
     assert both.prompts == (*labels.prompts, "new", "newer")
-    assert both.drawn.tolist() == [[True] * 3] * 4 + [[True, False, False]] * 2
+    assert both.drawn.tolist() == [[[True] * 3] * 4 + [[True, False, False]] * 2] * 2
     np.testing.assert_allclose(both.mean[:, :4], labels.q.mean(2))
     np.testing.assert_array_equal(both.mean[:, 4:], more.q[:, 1:, 0])
     assert len({labels.digest, more.digest, both.digest}) == 3
