@@ -20,10 +20,17 @@ from cloud_server.training.predictor import Predictor, PredictorConfig
 from edge_agent.routing.pareto import prs
 
 BATCH = 64
-# After more epochs some hundred prompts are learnt by heart, and after more steps ten thousand.
-MAX_EPOCHS, MIN_STEPS, MAX_STEPS = 40, 200, 1250
+# After more epochs some hundred prompts are learnt by heart, after more steps some thousand; of
+# tens of thousands every one is worth several epochs.
+MAX_EPOCHS, MIN_STEPS, MAX_STEPS, MIN_EPOCHS = 40, 200, 1250, 8
 RATE, WEIGHT_DECAY, AVERAGE, WARM_UP = 1e-3, 0.1, 0.98, 50
 PRS_LOSS = 4.0  # against the cross-entropy of the metrics
+
+
+def most_steps(prompts: int) -> int:
+    """Return how many steps training takes with so many prompts, if it may."""
+    epoch = prompts / BATCH
+    return max(min(max(MIN_STEPS, int(MAX_EPOCHS * epoch)), MAX_STEPS), int(MIN_EPOCHS * epoch))
 
 
 def fit_gated(
@@ -46,7 +53,7 @@ def fit_gated(
     config = PredictorConfig(width=features.hidden.shape[-1], experts=d.shape[1], **sizes)
     if config.single_metric:
         d = np.repeat(prs(d, weights)[:, None], d.shape[1], axis=1)
-    most = min(max(MIN_STEPS, MAX_EPOCHS * len(training) // BATCH), MAX_STEPS)
+    most = most_steps(len(training))
     budget = replace(budget, steps=min(budget.steps or most, most))
     labels, w = torch.from_numpy(d).float(), torch.from_numpy(weights).float().to(device)
     with torch.random.fork_rng(devices=[]):

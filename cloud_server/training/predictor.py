@@ -38,7 +38,7 @@ class PredictorConfig:
     experts: int = 10
     hidden: int = 192
     low_rank: int = 32
-    top_k: int = 4
+    top_k: int = 8
     dropout: float = 0.1
     kind: str = "gated"
     members: int = 1

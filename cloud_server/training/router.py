@@ -51,7 +51,7 @@ class Settings:
     predictor: str = "auto"
     hidden: int = 192
     low_rank: int = 32
-    top_k: int = 4
+    top_k: int = 8
     dropout: float = 0.1
     single_gate: bool = False
     all_tokens: bool = False

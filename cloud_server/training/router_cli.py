@@ -41,7 +41,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--single-gate", is_flag=True, help="Ablation: no negative gate.")
 @click.option("--all-tokens", is_flag=True, help="Ablation: no token selection.")
 @click.option("--single-metric", is_flag=True, help="Ablation: one head, on PRS.")
-@click.option("--top-k", type=_COUNT, default=4, show_default=True, help="Tokens an expert picks.")
+@click.option("--top-k", type=_COUNT, default=8, show_default=True, help="Tokens an expert picks.")
 @click.option("--hidden", type=_COUNT, default=192, show_default=True, help="Width of an expert.")
 @click.option("--low-rank", type=_COUNT, default=32, show_default=True, help="Rank of an expert.")
 @click.option(

@@ -63,12 +63,14 @@ def test_they_do_not_say_where_they_were_trained():
 
 
 def test_the_labels_and_the_router_are_of_these_models():
-    names = ("labels.parquet", "labels-wide.parquet")
+    names = ("labels.parquet", "labels-wide.parquet", "labels-more.parquet")
     labels = read_for_training(*(starter_folder().with_name(name) for name in names))
-    seeds = labels.drawn[1].sum(1)
-    assert (seeds[:3000] == 4).all()
-    assert (seeds[3000:] == 1).all()
-    assert len(seeds) > 12_000
+    edge, cloud = labels.drawn.sum(2)
+    assert (edge[:3000] == 4).all()
+    assert (cloud[:3000] == 4).all()
+    assert (cloud[3000:] == 1).all()
+    assert set(edge[3000:]) == {1, 3}
+    assert len(edge) > 30_000
     assert len(labels.metrics) == 11
     digests = {side: folder_digest(starter_folder() / side) for side in ("edge", "cloud", "clip")}
     for side in ("edge", "cloud"):

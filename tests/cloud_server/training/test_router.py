@@ -10,7 +10,7 @@ from cloud_server.training.encoders import Features
 from cloud_server.training.labels import Labels
 from cloud_server.training.loop import Budget
 from cloud_server.training.router import MEMBERS, Settings, check, distances, learn
-from edge_agent.routing.pareto import prs
+from edge_agent.routing.pareto import SPREAD, prs
 
 UNIFORM = np.full(10, 0.1)
 STEPS = Budget(steps=120)
@@ -57,7 +57,7 @@ def test_means_and_gamma_come_from_training_prompts_only():
     np.testing.assert_array_equal(mu, same[0])
     assert gamma == same[1]
     np.testing.assert_array_equal(d[:30], same[2][:30])
-    assert d[:30].std(axis=0).mean() == pytest.approx(0.22, abs=1e-3)
+    assert d[:30].std(axis=0).mean() == pytest.approx(SPREAD, abs=1e-3)
 
 
 def test_swapping_the_models_mirrors_prs():
@@ -136,6 +136,11 @@ def test_the_same_seed_gives_the_same_router_also_after_an_interruption(tmp_path
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", stop_at=5)
     np.testing.assert_array_equal(run(tmp_path / "killed"), whole)
+
+
+def test_few_prompts_are_seen_often_and_many_several_times():
+    asked = [40, 500, 3000, 8000, 16_000]
+    assert [gated.most_steps(prompts) for prompts in asked] == [200, 312, 1250, 1250, 2000]
 
 
 def test_state_of_other_labels_or_settings_is_not_taken_up(tmp_path):
