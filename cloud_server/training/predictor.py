@@ -135,7 +135,7 @@ class LinearPredictor(nn.Module):
 
 
 class MixedPredictor(nn.Module):
-    """The mean of a linear D and of what gated networks say, which err otherwise."""
+    """The mean of what gated networks and a linear one say, which errs otherwise; all count alike."""
 
     def __init__(self, config: PredictorConfig) -> None:
         super().__init__()
@@ -144,7 +144,8 @@ class MixedPredictor(nn.Module):
         self.linear = LinearPredictor(replace(config, kind="linear"))
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        return 0.5 * (self.gated(hidden, mask) + self.linear(hidden, mask))
+        members = self.config.members
+        return (members * self.gated(hidden, mask) + self.linear(hidden, mask)) / (members + 1)
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def test_the_mixed_one_says_the_mean_of_the_linear_one_and_of_gated_ones(tmp_pat
             settings=Settings(predictor), work=tmp_path, budget=Budget(steps=5), device="cpu",
         ).predict(features)  # fmt: skip
 
-    members = np.mean([predict("gated", 2 * MEMBERS + i) for i in range(MEMBERS)], axis=0)
-    expected = (members + predict("linear", 2)) / 2
+    members = [predict("gated", 2 * MEMBERS + i) for i in range(MEMBERS)]
+    expected = np.mean([*members, predict("linear", 2)], axis=0)
     np.testing.assert_allclose(predict("mixed", 2), expected, atol=1e-6)
 
 
