@@ -135,7 +135,7 @@ class LinearPredictor(nn.Module):
 
 
 class MixedPredictor(nn.Module):
-    """The mean of what gated networks and a linear one say, which errs otherwise; all count alike."""
+    """The mean of D by gated networks and a linear one, which errs otherwise; all count alike."""
 
     def __init__(self, config: PredictorConfig) -> None:
         super().__init__()
