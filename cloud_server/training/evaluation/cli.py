@@ -267,7 +267,7 @@ def _plan(
     if len(among) < 2:
         raise DataError(
             "no two prompts of these labels have every seed by both models, so none can be judged; "
-            "pass the file with most seeds alone, or label with the same"
+            "pass the file with most seeds alone, or label some with as many seeds of both"
         )
     if fresh is not None:
         return these(labels.prompts, among, 1, seed)

@@ -141,25 +141,23 @@ def read(file: Path) -> Labels:
             raise DataError(f"{file} has no labels of the model {model!r}; it needs edge and cloud")
     prompts = tuple(dict.fromkeys(prompt for _, prompt, _ in rows))
     by_model = [sorted({seed for m, _, seed in rows if m == model}) for model in MODELS]
-    row_of = {row: i for i, row in enumerate(rows)}
     wanted = [
         (m, p, s) for m, known in zip(MODELS, by_model, strict=True) for p in prompts for s in known
     ]
-    if not len(row_of) == len(rows) == len(wanted) or row_of.keys() != set(wanted):
+    if len(rows) != len(wanted) or set(rows) != set(wanted):
         raise DataError(
             f"{file} has {len(rows)} rows and not one for each of {len(prompts)} prompts with "
             "{} seeds of the edge and {} of the cloud; label again".format(*map(len, by_model))
         )
-    ordered = q[[row_of[row] for row in wanted]]
     seeds = tuple(sorted({*by_model[0], *by_model[1]}))
-    sides = np.split(ordered, [len(prompts) * len(by_model[0])])
-    padded = [
-        over_seeds(side.reshape(len(prompts), len(known), len(names)), known, seeds)
-        for side, known in zip(sides, by_model, strict=True)
-    ]
+    kinds = (MODELS, prompts, seeds)
+    places = [{value: i for i, value in enumerate(values)} for values in kinds]
+    at = [[place[row[i]] for row in rows] for i, place in enumerate(places)]
+    spread = np.full((*map(len, kinds), len(names)), np.nan)
+    spread[tuple(at)] = q
     origin = {k: v for k, v in facts.items() if k not in ("format", "digest", "metrics")}
     digest = str(facts.get("digest", ""))
-    return Labels(np.stack(padded), prompts, seeds, names, digest, described, origin)
+    return Labels(spread, prompts, seeds, names, digest, described, origin)
 
 
 def join(parts: Sequence[Labels]) -> Labels:
